@@ -1,0 +1,247 @@
+//! The one error type of the core. Every variant carries what a user needs to act: the file, the tensor, the numbers.
+
+use std::path::{Path, PathBuf};
+
+use crate::dtype::Dtype;
+
+/// Result of every fallible function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a checkpoint, a delta or a merge was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused a read or a write.
+    #[error("`{}`: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+
+    /// A directory holds no checkpoint under the names this crate knows.
+    #[error("`{}` holds neither `model.safetensors` nor `model.safetensors.index.json`{hint}", path.display())]
+    NoCheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// What to do instead, empty or starting with a colon.
+        hint: String,
+    },
+
+    /// A safetensors header contradicts the format or the file.
+    #[error("`{}` is not a valid safetensors file: {fault}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: HeaderFault,
+    },
+
+    /// A shard index contradicts itself or the shards.
+    #[error("`{}` is not a valid shard index: {fault}", path.display())]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: IndexFault,
+    },
+
+    /// A tensor was asked for that the checkpoint does not hold.
+    #[error("`{}` has no tensor `{name}`", path.display())]
+    TensorMissing {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor asked for.
+        name: String,
+    },
+
+    /// Base and tuned disagree on a tensor's shape.
+    #[error("tensor `{name}` has shape {base:?} in the base and {tuned:?} in the tuned model")]
+    ShapeMismatch {
+        /// The tensor.
+        name: String,
+        /// Its shape in the base.
+        base: Vec<usize>,
+        /// Its shape in the tuned model.
+        tuned: Vec<usize>,
+    },
+
+    /// Factors or a stored replacement do not fit the tensor they are for.
+    #[error("tensor `{name}` has shape {shape:?}, which does not fit {what} of shape {found:?}")]
+    UpdateShape {
+        /// The tensor of the base.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// What was to be applied, with its name.
+        what: String,
+        /// The shape found.
+        found: Vec<usize>,
+    },
+
+    /// Arithmetic was asked for on a tensor whose dtype this crate does not compute with.
+    #[error("tensor `{name}` in `{}` is {dtype}: only BF16, F16, F32 and F64 can be computed with", path.display())]
+    UnsupportedDtype {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its dtype.
+        dtype: Dtype,
+    },
+
+    /// A tensor holds NaN or an infinity.
+    #[error("tensor `{name}` in `{}` holds {value} at flat index {index}", path.display())]
+    NonFinite {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Row-major index of the first such element.
+        index: usize,
+        /// Its value.
+        value: f64,
+    },
+
+    /// A finite result does not fit the dtype it has to be stored in.
+    #[error("tensor `{name}`: the merged value {value:e} at flat index {index} overflows {dtype}")]
+    Overflow {
+        /// The tensor.
+        name: String,
+        /// Row-major index of the element.
+        index: usize,
+        /// The value before rounding.
+        value: f64,
+        /// The dtype it does not fit.
+        dtype: Dtype,
+    },
+
+    /// A dense factorisation did not converge (LAPACK would call it `info > 0`).
+    #[error("the {what} of a {rows}x{cols} matrix did not converge")]
+    NoConvergence {
+        /// The factorisation.
+        what: &'static str,
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+
+    /// The caller broke the writing protocol: a programming error, not a user's.
+    #[error("`{}`: {reason}", path.display())]
+    Writer {
+        /// The file being written.
+        path: PathBuf,
+        /// What was wrong.
+        reason: String,
+    },
+
+    /// The progress callback asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Ways in which a safetensors header can be wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HeaderFault {
+    /// Fewer than the eight bytes of the length field.
+    #[error("{0} bytes are too few to hold a header")]
+    TooShort(u64),
+    /// The length field exceeds the format's limit.
+    #[error("a header of {0} bytes exceeds the limit of 100000000")]
+    TooLarge(u64),
+    /// The length field points beyond the end of the file.
+    #[error("the header claims {header} bytes, the file has {file}")]
+    BeyondFile {
+        /// Claimed header length.
+        header: u64,
+        /// Length of the file.
+        file: u64,
+    },
+    /// The header is not the JSON that the format asks for.
+    #[error("the header is not valid: {0}")]
+    Json(String),
+    /// The same tensor name twice.
+    #[error("tensor `{0}` appears twice")]
+    Duplicate(String),
+    /// Element count or byte count overflows 64 bits.
+    #[error("tensor `{0}` has a shape whose size overflows")]
+    Overflow(String),
+    /// Shape and dtype need another number of bytes than the offsets span.
+    #[error("tensor `{name}` needs {needed} bytes, its offsets span {spanned}")]
+    Size {
+        /// The tensor.
+        name: String,
+        /// Bytes that shape and dtype need.
+        needed: u64,
+        /// Bytes between its offsets.
+        spanned: u64,
+    },
+    /// Offsets run backwards.
+    #[error("tensor `{0}` ends before it begins")]
+    Backwards(String),
+    /// Offsets overlap another tensor or leave a hole.
+    #[error("tensor `{name}` begins at {found}, the tensor before it ends at {expected}")]
+    NotContiguous {
+        /// The tensor.
+        name: String,
+        /// Where it should begin.
+        expected: u64,
+        /// Where it begins.
+        found: u64,
+    },
+    /// The tensors do not end where the file ends.
+    #[error("the tensors end at byte {tensors} of the data, the file at {file}")]
+    WrongEnd {
+        /// Where the last tensor ends.
+        tensors: u64,
+        /// Where the data ends.
+        file: u64,
+    },
+}
+
+/// Ways in which a shard index can be wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum IndexFault {
+    /// The file is not the JSON that the format asks for.
+    #[error("{0}")]
+    Json(String),
+    /// The index is larger than any real one.
+    #[error("{0} bytes exceed the limit of 100000000")]
+    TooLarge(u64),
+    /// A shard name is not a plain file name, so that it could point outside the directory.
+    #[error("shard `{0}` is not a plain file name")]
+    ShardName(String),
+    /// The index promises a tensor that its shard does not hold.
+    #[error("tensor `{tensor}` is not in `{shard}`")]
+    NotInShard {
+        /// The tensor.
+        tensor: String,
+        /// The shard that should hold it.
+        shard: String,
+    },
+    /// Two shards hold a tensor of the same name.
+    #[error("tensor `{tensor}` is in both `{first}` and `{second}`")]
+    InTwoShards {
+        /// The tensor.
+        tensor: String,
+        /// One shard.
+        first: String,
+        /// The other shard.
+        second: String,
+    },
+}
+
+/// Attaches a path to an I/O error.
+pub(crate) trait IoContext<T> {
+    fn at(self, path: &Path) -> Result<T>;
+}
+
+impl<T> IoContext<T> for std::io::Result<T> {
+    fn at(self, path: &Path) -> Result<T> {
+        self.map_err(|source| Error::Io { path: path.to_path_buf(), source })
+    }
+}

@@ -1,0 +1,53 @@
+//! The core of lora-compress: bytes and matrices, no Python.
+//!
+//! # The pipeline
+//!
+//! A fine-tune changes a base's weights by ΔW = W_tuned − W_base. This crate turns ΔW of every tensor into low-rank factors
+//! and puts factors back into a base:
+//!
+//! 1. [`Checkpoint`] opens a safetensors file or a sharded directory; headers are validated once, bytes are read by position.
+//! 2. [`Delta`] forms one tensor's difference and its energy ‖Δ‖².
+//! 3. [`truncated_svd`] finds the leading singular triplets: the best factors of their rank.
+//! 4. [`Writer`] streams an adapter to disk, atomically and reproducibly.
+//! 5. [`merge_shard`] writes W' = round(W + s·B·A), [`compare`] says how far that is from tuned.
+//!
+//! ```
+//! use lora_compress_core::{Delta, SvdOptions, truncated_svd};
+//!
+//! // A rank-1 difference is found exactly.
+//! let delta = Delta::from_values(vec![1.0, 2.0, 2.0, 4.0, 3.0, 6.0], 3, 2)?;
+//! let svd = truncated_svd(&delta, SvdOptions { rank: 2, tolerance: 1e-4, seed: 0 })?;
+//! assert_eq!(svd.sigma.len(), 1);
+//! assert!((svd.sigma[0] - 70f64.sqrt()).abs() < 1e-6);
+//! # Ok::<(), lora_compress_core::Error>(())
+//! ```
+//!
+//! # Threads
+//!
+//! Work runs on the current rayon pool. Results do not depend on its size: every panel's bounds follow from shapes alone and
+//! partial sums are added in order (`panels.rs`, the only place that decides about parallelism).
+
+mod checkpoint;
+mod delta;
+mod dtype;
+mod error;
+mod header;
+mod matrix;
+mod merge;
+mod panels;
+mod svd;
+mod update;
+mod verify;
+mod write;
+
+pub use checkpoint::{Checkpoint, Shard};
+pub use delta::{Delta, is_unchanged};
+pub use dtype::{Dtype, decode, encode, round_to};
+pub use error::{Error, HeaderFault, IndexFault, Result};
+pub use header::TensorInfo;
+pub use matrix::Matrix;
+pub use merge::{Updates, merge_shard, unknown_tensors};
+pub use svd::{SvdOptions, TruncatedSvd, tensor_seed, truncated_svd};
+pub use update::{LoadedUpdate, LowRank, Source, Update};
+pub use verify::{Comparison, compare};
+pub use write::{Spec, Writer};

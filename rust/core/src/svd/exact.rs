@@ -1,0 +1,23 @@
+//! Exact truncated SVD by a dense factorisation in f64, for matrices where it is cheap.
+
+use faer::{Mat, MatRef};
+
+use super::{Triplets, shape};
+use crate::error::{Error, Result};
+
+/// Leading triplets of a tall matrix. Singular values that f64 cannot tell from zero are left out.
+pub(super) fn triplets(tall: MatRef<'_, f32>, rank: usize) -> Result<Triplets> {
+    let (rows, cols) = shape(tall);
+    let wide = Mat::from_fn(rows, cols, |i, j| f64::from(tall[(i, j)]));
+    let svd = wide.thin_svd().map_err(|_| Error::NoConvergence { what: "singular value decomposition", rows, cols })?;
+    let values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+    let floor = values.first().copied().unwrap_or(0.0) * f64::EPSILON * rows as f64;
+    let sigma: Vec<f64> = values.into_iter().take(rank).take_while(|&value| value > floor).collect();
+    let (u, v) = (svd.U(), svd.V());
+    Ok(Triplets {
+        v: Mat::from_fn(cols, sigma.len(), |i, j| v[(i, j)] as f32),
+        image: Mat::from_fn(rows, sigma.len(), |i, j| (u[(i, j)] * sigma[j]) as f32),
+        sigma,
+        columns: 0,
+    })
+}

@@ -1,0 +1,84 @@
+//! Verifying: what a merge would give for one tensor, compared with the tuned model, without writing anything.
+
+use crate::checkpoint::Checkpoint;
+use crate::delta::Delta;
+use crate::dtype::decode;
+use crate::error::{Error, Result};
+use crate::panels;
+use crate::update::Update;
+
+/// How far base + adapter is from tuned, for one tensor (over the rows of the base).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Comparison {
+    /// ‖Δ‖²_F with Δ = tuned − base.
+    pub delta_energy: f64,
+    /// ‖Δ − adapter‖²_F: the adapter's own error, before the merged weights are rounded.
+    pub error_energy: f64,
+    /// ‖merged − tuned‖²_F: the same after rounding to the base's dtype.
+    pub merged_error_energy: f64,
+    /// Largest |merged − tuned|.
+    pub largest: f64,
+    /// Whether appended rows equal the tuned model's to the byte (true where there are none).
+    pub new_rows_equal: bool,
+}
+
+/// Compares base + update with tuned.
+///
+/// # Errors
+/// As [`Delta::load`] and [`Update::load`].
+pub fn compare(base: &Checkpoint, tuned: &Checkpoint, name: &str, update: &Update) -> Result<Comparison> {
+    const BYTES: usize = 1 << 20;
+    let delta = Delta::load(base, tuned, name)?;
+    let update = update.load(base, name)?;
+    let (rows, cols) = update.matrix_shape();
+    let base_dtype = base.computable(name)?;
+    let tuned_dtype = tuned.computable(name)?;
+    // A vector is a row to the delta and a column to the update: compare by flat index.
+    let parts =
+        panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<(f64, f64, f64)> {
+            let (begin, len) = (range.start * cols, range.len() * cols);
+            let approximation = update.delta_rows(range.clone())?;
+            let merged_bytes = update.merged_rows(range)?;
+            let mut tuned_bytes = vec![0u8; len * (tuned_dtype.bits() / 8) as usize];
+            tuned.read_bytes(name, begin as u64 * tuned_dtype.bits() / 8, &mut tuned_bytes)?;
+            let (mut merged, mut target) = (vec![0f32; len], vec![0f32; len]);
+            if !decode(base_dtype, &merged_bytes, &mut merged) || !decode(tuned_dtype, &tuned_bytes, &mut target) {
+                return Err(base.unsupported(name, base_dtype));
+            }
+            let exact = delta.flat(begin, len);
+            let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
+            for (((&d, &a), &m), &t) in exact.iter().zip(&approximation).zip(&merged).zip(&target) {
+                let distance = f64::from(m) - f64::from(t);
+                error += (f64::from(d) - f64::from(a)).powi(2);
+                merged_error += distance.powi(2);
+                largest = largest.max(distance.abs());
+            }
+            // A replacement is exact but for the rounding that the merge does, so its own error is that of the merged tensor.
+            Ok((if update.is_replacement() { merged_error } else { error }, merged_error, largest))
+        });
+    let mut result = Comparison {
+        delta_energy: delta.energy(),
+        error_energy: 0.0,
+        merged_error_energy: 0.0,
+        largest: 0.0,
+        new_rows_equal: true,
+    };
+    for part in parts {
+        let (error, merged_error, largest) = part?;
+        result.error_energy += error;
+        result.merged_error_energy += merged_error;
+        result.largest = result.largest.max(largest);
+    }
+    let shape = update.merged_shape()?;
+    let tuned_info = tuned.info(name)?;
+    if shape != tuned_info.shape {
+        return Err(Error::ShapeMismatch { name: name.into(), base: shape, tuned: tuned_info.shape.clone() });
+    }
+    let appended = update.appended_bytes()?;
+    if base_dtype == tuned_dtype && !appended.is_empty() {
+        let mut expected = vec![0u8; appended.len()];
+        tuned.read_bytes(name, tuned_info.nbytes.saturating_sub(appended.len() as u64), &mut expected)?;
+        result.new_rows_equal = expected == appended;
+    }
+    Ok(result)
+}
