@@ -1,0 +1,127 @@
+//! `Checkpoint` and `TensorInfo`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lora_compress_core as core;
+use numpy::{IntoPyArray, PyArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::gate;
+
+/// An opened, validated checkpoint: a safetensors file, or a directory with `model.safetensors` or a shard index.
+///
+/// Opening reads headers only. Raises `CheckpointError` when a file breaks its format, `OSError` when it cannot be read.
+#[pyclass(frozen, module = "lora_compress._native")]
+pub struct Checkpoint {
+    pub inner: Arc<core::Checkpoint>,
+}
+
+/// What a stored tensor is.
+#[pyclass(frozen, get_all, module = "lora_compress._native")]
+pub struct TensorInfo {
+    /// Name in the checkpoint.
+    name: String,
+    /// Element type in safetensors' words: "BF16", "F32", …
+    dtype: String,
+    /// Row-major shape.
+    shape: Vec<usize>,
+    /// Length in bytes.
+    nbytes: u64,
+    /// File name of its shard.
+    shard: String,
+}
+
+#[pymethods]
+impl TensorInfo {
+    fn __repr__(&self) -> String {
+        format!("TensorInfo({}, {} {:?}, {} bytes in {})", self.name, self.dtype, self.shape, self.nbytes, self.shard)
+    }
+}
+
+#[pymethods]
+impl Checkpoint {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let inner = gate::run(py, || core::Checkpoint::open(&path))?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The path it was opened from.
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.inner.path().to_path_buf()
+    }
+
+    /// Paths of its files, sorted.
+    #[getter]
+    fn shards(&self) -> Vec<PathBuf> {
+        self.inner.shards().iter().map(|shard| shard.path().to_path_buf()).collect()
+    }
+
+    /// The header metadata of each file, in the order of `shards`.
+    #[getter]
+    fn metadata(&self) -> Vec<BTreeMap<String, String>> {
+        self.inner.shards().iter().map(|shard| shard.metadata().clone()).collect()
+    }
+
+    /// All tensors, sorted by name.
+    fn tensors(&self) -> PyResult<Vec<TensorInfo>> {
+        self.inner.tensors().map(|(name, _)| self.info(name)).collect()
+    }
+
+    /// One tensor. Raises `TensorError` when there is none of that name.
+    fn info(&self, name: &str) -> PyResult<TensorInfo> {
+        let info = self.inner.info(name).map_err(crate::error::to_python)?;
+        let shard = self.inner.shard_of(name).map_err(crate::error::to_python)?;
+        Ok(TensorInfo {
+            name: name.into(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.clone(),
+            nbytes: info.nbytes,
+            shard: shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        })
+    }
+
+    fn __contains__(&self, name: &str) -> bool {
+        self.inner.contains(name)
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.tensors().len()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Checkpoint({:?}, {} tensors)", self.inner.path().display().to_string(), self.inner.tensors().len())
+    }
+
+    /// A float tensor's values as float32 in the tensor's shape (F64 is rounded).
+    fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let shape = self.inner.info(name).map_err(crate::error::to_python)?.shape.clone();
+        let values = gate::run(py, || self.inner.read_f32(name))?;
+        let flat: Bound<'py, PyArray1<f32>> = values.into_pyarray(py);
+        flat.call_method1("reshape", (shape,))
+    }
+
+    /// `length` stored bytes of a tensor from byte `begin` on; all that remain without a length.
+    #[pyo3(signature = (name, begin=0, length=None))]
+    fn read_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        name: &str,
+        begin: u64,
+        length: Option<u64>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = gate::run(py, || {
+            let total = self.inner.info(name)?.nbytes;
+            // Never more than the tensor holds: the core refuses the range, but only after the buffer is there.
+            let length = length.unwrap_or_else(|| total.saturating_sub(begin)).min(total + 1);
+            let mut bytes = vec![0u8; length as usize];
+            self.inner.read_bytes(name, begin, &mut bytes)?;
+            Ok(bytes)
+        })?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+}

@@ -1,0 +1,161 @@
+//! `Delta`: the handle on one tensor's ΔW that decompositions are fitted to.
+
+use lora_compress_core as core;
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArrayMethods,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::to_python;
+use crate::gate;
+
+type Svd<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray1<f64>>, Bound<'py, PyArray2<f32>>);
+
+/// ΔW = tuned − base of one tensor, seen as a matrix of `shape[0]` rows (a vector is one row).
+///
+/// Where tuned has more rows than base, the delta covers the base's rows. Raises `TensorError` for missing tensors, shapes
+/// that differ otherwise, dtypes other than BF16, F16, F32 and F64, and values that are not finite.
+#[pyclass(frozen, module = "lora_compress._native")]
+pub struct Delta {
+    inner: core::Delta,
+    name: String,
+}
+
+#[pymethods]
+impl Delta {
+    #[new]
+    fn new(py: Python<'_>, base: &Checkpoint, tuned: &Checkpoint, name: String) -> PyResult<Self> {
+        let inner = gate::run(py, || core::Delta::load(&base.inner, &tuned.inner, &name))?;
+        Ok(Self { inner, name })
+    }
+
+    /// A delta from values in memory, float32 of shape (rows, cols).
+    #[staticmethod]
+    #[pyo3(signature = (values, name="delta"))]
+    fn from_array(values: PyReadonlyArray2<'_, f32>, name: &str) -> PyResult<Self> {
+        let matrix = matrix(&values)?;
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let inner = core::Delta::from_values(matrix.into_values(), rows, cols).map_err(to_python)?;
+        Ok(Self { inner, name: name.into() })
+    }
+
+    /// The tensor's name.
+    #[getter]
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// (rows, cols).
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        (self.inner.rows(), self.inner.cols())
+    }
+
+    /// ‖Δ‖² (squared Frobenius norm, summed in float64).
+    #[getter]
+    fn energy(&self) -> f64 {
+        self.inner.energy()
+    }
+
+    /// ‖W_base‖² over the same elements.
+    #[getter]
+    fn base_energy(&self) -> f64 {
+        self.inner.base_energy()
+    }
+
+    /// Leading singular triplets Δ ≈ U·diag(σ)·Vᵀ: U float32 (rows, r), σ float64 (r,), Vᵀ float32 (r, cols).
+    ///
+    /// r is `rank`, or less when fewer singular values differ from zero. The error ‖Δ − UσVᵀ‖ is at most `tolerance`
+    /// above the optimum, relatively. Deterministic in (seed, name), whatever the number of threads.
+    #[pyo3(signature = (rank, *, seed=0, tolerance=1e-4))]
+    fn truncated_svd<'py>(&self, py: Python<'py>, rank: usize, seed: u64, tolerance: f64) -> PyResult<Svd<'py>> {
+        if rank == 0 || !(tolerance > 0.0 && tolerance.is_finite()) {
+            return Err(PyValueError::new_err("rank and tolerance must be positive"));
+        }
+        let options = core::SvdOptions { rank, tolerance, seed: core::tensor_seed(seed, &self.name) };
+        let svd = gate::run(py, || core::truncated_svd(&self.inner, options))?;
+        Ok((array(py, svd.u)?, svd.sigma.into_pyarray(py), array(py, svd.vt)?))
+    }
+
+    /// ‖Δ − b·a‖², from the residual itself; b float32 (rows, r), a float32 (r, cols).
+    fn residual_energy(
+        &self,
+        py: Python<'_>,
+        b: PyReadonlyArray2<'_, f32>,
+        a: PyReadonlyArray2<'_, f32>,
+    ) -> PyResult<f64> {
+        let (b, a) = (matrix(&b)?, matrix(&a)?);
+        gate::run(py, || self.inner.residual_energy(&b, &a))
+    }
+
+    /// Rows start..stop of Δ as float32.
+    fn rows<'py>(&self, py: Python<'py>, start: usize, stop: usize) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (rows, cols) = self.shape();
+        let stop = stop.min(rows);
+        let values = self.inner.read_rows(start.min(stop)..stop);
+        values.into_pyarray(py).reshape([stop - start.min(stop), cols])
+    }
+
+    /// Δ·x for x float32 (cols, k).
+    fn matmul<'py>(&self, py: Python<'py>, x: PyReadonlyArray2<'_, f32>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let x = matrix(&x)?;
+        if x.rows() != self.inner.cols() {
+            return Err(PyValueError::new_err(format!("x has {} rows, Δ has {} columns", x.rows(), self.inner.cols())));
+        }
+        array(py, gate::run(py, || Ok(self.inner.times(&x)))?)
+    }
+
+    /// Δᵀ·y for y float32 (rows, k).
+    fn rmatmul<'py>(&self, py: Python<'py>, y: PyReadonlyArray2<'_, f32>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let y = matrix(&y)?;
+        if y.rows() != self.inner.rows() {
+            return Err(PyValueError::new_err(format!("y has {} rows, Δ has {}", y.rows(), self.inner.rows())));
+        }
+        array(py, gate::run(py, || Ok(self.inner.transpose_times(&y)))?)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Delta({:?}, shape={:?})", self.name, self.shape())
+    }
+}
+
+/// Whether a tensor has the same dtype, shape and bytes in both checkpoints.
+#[pyfunction]
+pub fn is_unchanged(py: Python<'_>, base: &Checkpoint, tuned: &Checkpoint, name: &str) -> PyResult<bool> {
+    gate::run(py, || core::is_unchanged(&base.inner, &tuned.inner, name))
+}
+
+/// float32 values rounded to `dtype` ("BF16", "F16", "F32") and back: what a file of that dtype would hold.
+#[pyfunction]
+pub fn round_to<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArrayDyn<'py, f32>,
+    dtype: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    let mut rounded: Vec<f32> = values.as_array().iter().copied().collect();
+    let dtype = parse_dtype(dtype)?;
+    if !core::round_to(dtype, &mut rounded) {
+        return Err(PyValueError::new_err(format!("cannot round to {dtype}")));
+    }
+    rounded.into_pyarray(py).call_method1("reshape", (values.shape().to_vec(),))
+}
+
+/// A dtype by its safetensors name.
+pub fn parse_dtype(name: &str) -> PyResult<core::Dtype> {
+    name.parse().map_err(|_| PyValueError::new_err(format!("unknown dtype `{name}`")))
+}
+
+/// Any 2-D float32 array as a row-major matrix.
+fn matrix(values: &PyReadonlyArray2<'_, f32>) -> PyResult<core::Matrix> {
+    let view = values.as_array();
+    let (rows, cols) = view.dim();
+    core::Matrix::new(rows, cols, view.iter().copied().collect())
+        .ok_or_else(|| PyValueError::new_err("the array's shape overflows"))
+}
+
+fn array<'py>(py: Python<'py>, matrix: core::Matrix) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let shape = [matrix.rows(), matrix.cols()];
+    matrix.into_values().into_pyarray(py).reshape(shape)
+}

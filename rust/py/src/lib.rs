@@ -1,0 +1,31 @@
+//! The compiled half of `lora_compress`: converts, releases the GIL, calls the core, converts back. No logic lives here.
+//!
+//! One file per noun of the core: `checkpoint`, `delta`, `writer`, `merge`; `gate` is the only way into long work, `error`
+//! the only way out of a failure.
+
+use pyo3::prelude::*;
+
+mod checkpoint;
+mod delta;
+mod error;
+mod gate;
+mod merge;
+mod writer;
+
+#[pymodule(gil_used = false)]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<checkpoint::Checkpoint>()?;
+    module.add_class::<checkpoint::TensorInfo>()?;
+    module.add_class::<delta::Delta>()?;
+    module.add_class::<writer::Writer>()?;
+    module.add_class::<merge::LowRank>()?;
+    module.add_class::<merge::Update>()?;
+    module.add_class::<merge::Comparison>()?;
+    module.add_function(wrap_pyfunction!(delta::is_unchanged, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;
+    module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
+    module.add_function(wrap_pyfunction!(merge::compare, module)?)?;
+    module.add_function(wrap_pyfunction!(gate::set_threads, module)?)?;
+    error::register(module)
+}

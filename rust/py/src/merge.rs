@@ -1,0 +1,108 @@
+//! `LowRank`, `Update`, and what is done with them: `merge_shard` and `compare`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lora_compress_core as core;
+use pyo3::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::gate;
+
+/// One low-rank term scale·B·A, by the names of its factors in `adapter`: B (out, r), A (r, in).
+///
+/// `transposed`: the base stores the weight as (in, out), so that (B·A)ᵀ is added.
+#[pyclass(frozen, from_py_object, module = "lora_compress._native")]
+#[derive(Clone)]
+pub struct LowRank {
+    inner: core::LowRank,
+}
+
+#[pymethods]
+impl LowRank {
+    #[new]
+    #[pyo3(signature = (adapter, b, a, *, scale=1.0, transposed=false))]
+    fn new(adapter: &Checkpoint, b: String, a: String, scale: f64, transposed: bool) -> Self {
+        let source = |name| core::Source { checkpoint: adapter.inner.clone(), name };
+        Self { inner: core::LowRank { b: source(b), a: source(a), scale, transposed } }
+    }
+}
+
+/// What adapters do to one tensor of the base: low-rank terms, stored replacements, appended rows.
+#[pyclass(frozen, from_py_object, module = "lora_compress._native")]
+#[derive(Clone)]
+pub struct Update {
+    inner: core::Update,
+}
+
+type Stored<'py> = (PyRef<'py, Checkpoint>, String);
+
+#[pymethods]
+impl Update {
+    #[new]
+    #[pyo3(signature = (*, low_rank=Vec::new(), replacements=Vec::new(), new_rows=None))]
+    fn new(low_rank: Vec<LowRank>, replacements: Vec<Stored<'_>>, new_rows: Option<Stored<'_>>) -> Self {
+        let source = |(checkpoint, name): Stored<'_>| core::Source { checkpoint: checkpoint.inner.clone(), name };
+        Self {
+            inner: core::Update {
+                low_rank: low_rank.into_iter().map(|term| term.inner).collect(),
+                replacements: replacements.into_iter().map(source).collect(),
+                new_rows: new_rows.map(source),
+            },
+        }
+    }
+}
+
+/// How far base + adapter is from tuned, for one tensor, over the rows of the base.
+#[pyclass(frozen, get_all, module = "lora_compress._native")]
+pub struct Comparison {
+    /// ‖Δ‖² with Δ = tuned − base.
+    delta_energy: f64,
+    /// ‖Δ − adapter‖², before the merged weights are rounded.
+    error_energy: f64,
+    /// ‖merged − tuned‖², after rounding to the base's dtype.
+    merged_error_energy: f64,
+    /// Largest |merged − tuned|.
+    largest: f64,
+    /// Whether appended rows equal the tuned model's.
+    new_rows_equal: bool,
+}
+
+/// Writes the merged form of one shard of `base` to `path`; returns the size of the file in bytes.
+///
+/// Tensors that `updates` does not name are copied byte for byte. `progress(bytes)` is called as bytes are written; what it
+/// raises ends the merge and leaves nothing behind.
+#[pyfunction]
+#[pyo3(signature = (base, shard, updates, path, progress=None))]
+pub fn merge_shard(
+    py: Python<'_>,
+    base: &Checkpoint,
+    shard: usize,
+    updates: BTreeMap<String, Update>,
+    path: PathBuf,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<u64> {
+    let updates: core::Updates = updates.into_iter().map(|(name, update)| (name, update.inner)).collect();
+    gate::run_reporting(py, progress, |report| core::merge_shard(&base.inner, shard, &updates, &path, report))
+}
+
+/// Compares base + update with tuned for one tensor, without writing anything.
+#[pyfunction]
+#[pyo3(signature = (base, tuned, name, update=None))]
+pub fn compare(
+    py: Python<'_>,
+    base: &Checkpoint,
+    tuned: &Checkpoint,
+    name: &str,
+    update: Option<&Update>,
+) -> PyResult<Comparison> {
+    let update = update.map(|update| update.inner.clone()).unwrap_or_default();
+    let result = gate::run(py, || core::compare(&base.inner, &tuned.inner, name, &update))?;
+    Ok(Comparison {
+        delta_energy: result.delta_energy,
+        error_energy: result.error_energy,
+        merged_error_energy: result.merged_error_energy,
+        largest: result.largest,
+        new_rows_equal: result.new_rows_equal,
+    })
+}
