@@ -1,0 +1,1 @@
+"""Decompositions of ΔW: the interface, and those that ship with this package, one file each."""

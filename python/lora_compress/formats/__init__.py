@@ -1,0 +1,1 @@
+"""Formats of adapters on disk, one package each."""

@@ -1,0 +1,200 @@
+"""Reading PEFT's directory, its own files as well as ours.
+
+Every tensor of the file ends up in the adapter or is refused by name; a configuration that means more than s·B·A is refused
+too, because merging it as plain LoRA would give another model without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import Checkpoint, LowRank
+from lora_compress.adapter import Adapter, Stored
+from lora_compress.errors import AdapterError
+from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS
+from lora_compress.model import HEAD, WEIGHT, Model, read_json
+
+FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
+
+# Settings under which a module's update is not s·B·A of the base, with what they mean.
+REFUSED = {
+    "use_dora": "DoRA rescales the merged weight",
+    "lora_bias": "the factors have biases of their own",
+    "layer_replication": "layers of the base are repeated",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "use_bdlora": "the factors are block-diagonal",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged",
+    "trainable_token_indices": "single rows of the embedding are replaced",
+    "kasa_config": "KaSA changes the base weight",
+    "monteclora_config": "the factors are random variables",
+}
+# Initialisations that subtract the factors' first value from the base: the adapter fits that changed base only.
+CHANGED_BASE = re.compile(r"pissa.*|olora|corda|lora_ga|milora")
+
+
+def read(path: Path, base: Model) -> Adapter:
+    """Read the adapter in directory `path` for `base`.
+
+    Raises `AdapterError` for settings and tensors that cannot be applied, `CheckpointError` for broken files.
+    """
+    config = read_json(path / CONFIG)
+    _check_config(path / CONFIG, config)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        hint = ": `adapter_model.bin` is a pickle, save the adapter as safetensors first" if pickled else ""
+        raise AdapterError(f"`{path}` has no `{WEIGHTS}`{hint}")
+    return _Reader(path, config, base, Checkpoint(weights)).read()
+
+
+@dataclass
+class _Reader:
+    path: Path
+    config: dict[str, Any]
+    base: Model
+    weights: Checkpoint
+    factors: dict[tuple[str, bool], dict[str, str]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def read(self) -> Adapter:
+        for tensor in self.weights.tensors():
+            self._sort(tensor.name)
+        low_rank: dict[str, list[LowRank]] = {}
+        for (module, embedding), pair in sorted(self.factors.items()):
+            if set(pair) != {"A", "B"}:
+                raise AdapterError(f"`{self.path}`: `{module}` has lora_{min(pair)} but not the other factor")
+            target = self._target(module)
+            if target is None:
+                self._check_tied_head(module, pair)
+                continue
+            low_rank.setdefault(target, []).append(self._term(target, module, embedding, pair))
+        replacements: dict[str, Stored] = {}
+        for name, key in self.whole.items():
+            if name not in self.base.checkpoint:
+                raise AdapterError(f"`{self.path}` replaces `{name}`, which `{self.base.path}` does not have")
+            if not self._equals_base(name, key):
+                replacements[name] = (self.weights, key)
+        return Adapter(self.path, low_rank=low_rank, replacements=replacements, warnings=self.warnings)
+
+    def _sort(self, key: str) -> None:
+        """Put one tensor of the file where it belongs: a factor, or a whole weight."""
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"`{self.path}`: the key `{key}` does not begin with `{PREFIX}`")
+        name = key.removeprefix(PREFIX)
+        if match := FACTOR.fullmatch(name):
+            self.factors.setdefault((match["module"], match["embedding"] is not None), {})[match["side"]] = key
+        elif ".lora_" in name or ".trainable_tokens_" in name:
+            raise AdapterError(f"`{self.path}`: the tensor `{key}` is of a kind that cannot be merged yet")
+        elif name.startswith(HEAD + ".base_layer.") and HEAD + WEIGHT not in self.base.checkpoint:
+            # PEFT saves the embedding beside its factors, and once more under the name of the tied head.
+            return
+        else:
+            self.whole[name.replace(".base_layer.", ".")] = key
+
+    def _target(self, module: str) -> str | None:
+        """The base's tensor that a module's factors belong to; None for a tied head."""
+        if module + WEIGHT in self.base.checkpoint:
+            return module + WEIGHT
+        for parameter in self.config.get("target_parameters") or ():
+            owner, _, last = str(parameter).rpartition(".")
+            if (module == owner or module.endswith("." + owner)) and f"{module}.{last}" in self.base.checkpoint:
+                return f"{module}.{last}"
+        if module == HEAD and self.base.tied_embedding() is not None:
+            return None
+        raise AdapterError(
+            f"`{self.path}` has factors for `{module}`, but `{self.base.path}` has no `{module}{WEIGHT}`: "
+            "is it an adapter of another base?"
+        )
+
+    def _check_tied_head(self, module: str, pair: Mapping[str, str]) -> None:
+        """Accept factors of a tied head when they repeat the embedding's: the shared matrix is updated once."""
+        embedding = (self.base.tied_embedding() or "").removesuffix(WEIGHT)
+        twin = self.factors.get((embedding, True))
+        if twin is None or set(twin) != {"A", "B"}:
+            raise AdapterError(
+                f"`{self.path}` changes `{module}` but not `{embedding}`, and the base stores one matrix for both: "
+                "merging it would change both; untie the base first"
+            )
+        ours, theirs = ((self.weights.read(keys["A"]), self.weights.read(keys["B"])) for keys in (pair, twin))
+        if not (ours[0].shape == theirs[1].T.shape and ours[1].shape == theirs[0].T.shape) or not (
+            (ours[0] == theirs[1].T).all() and (ours[1] == theirs[0].T).all()
+        ):
+            raise AdapterError(
+                f"`{self.path}` changes `{module}` and `{embedding}` differently, and the base stores one matrix for both: "
+                "untie the base first"
+            )
+
+    def _term(self, target: str, module: str, embedding: bool, pair: Mapping[str, str]) -> LowRank:
+        shape = self.weights.info(pair["A"]).shape
+        pattern_key = target if module + WEIGHT != target else module
+        rank = int(self._pattern("rank_pattern", pattern_key, self.config.get("r", 8)))
+        if rank < 1 or len(shape) != 2 or shape[0] != rank:
+            raise AdapterError(
+                f"`{self.path}`: `{pair['A']}` has shape {shape}, but `{CONFIG}` gives `{module}` the rank {rank}"
+            )
+        alpha = float(self._pattern("alpha_pattern", pattern_key, self.config.get("lora_alpha", 8)))
+        scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        if not math.isfinite(scale):
+            raise AdapterError(f"`{self.path}`: the scale of `{module}` is {scale}")
+        transposed = embedding or self.base.is_conv1d(target) or self._fans_out(target, pair)
+        return LowRank(self.weights, pair["B"], pair["A"], scale=scale, transposed=transposed)
+
+    def _fans_out(self, target: str, pair: Mapping[str, str]) -> bool:
+        """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then tells."""
+        if not self.config.get("fan_in_fan_out"):
+            return False
+        stored = self.base.checkpoint.info(target).shape
+        straight = [self.weights.info(pair["B"]).shape[0], self.weights.info(pair["A"]).shape[1]]
+        if stored[0] == stored[-1] and self.base.model_type:
+            return False  # `is_conv1d` has answered for a known model.
+        return stored != straight or stored[0] == stored[-1]
+
+    def _pattern(self, setting: str, key: str, default: Any) -> Any:
+        """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the path, in the order of the file."""
+        for pattern, value in (self.config.get(setting) or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", key):
+                    return value
+            except re.error as error:
+                raise AdapterError(f"`{self.path / CONFIG}`: `{pattern}` in {setting} is not a regex: {error}") from error
+        return default
+
+    def _equals_base(self, name: str, key: str) -> bool:
+        """Whether a stored weight repeats the base's (PEFT saves targeted embeddings along with their factors)."""
+        ours, theirs = self.base.checkpoint.info(name), self.weights.info(key)
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        step = 8 << 20
+        return all(
+            self.base.checkpoint.read_bytes(name, begin, min(step, ours.nbytes - begin))
+            == self.weights.read_bytes(key, begin, min(step, ours.nbytes - begin))
+            for begin in range(0, ours.nbytes, step)
+        )
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"`{path}`: peft_type is {config.get('peft_type')!r}, only LORA adapters can be read")
+    for setting, reason in REFUSED.items():
+        if config.get(setting):
+            raise AdapterError(f"`{path}`: `{setting}` is set and cannot be merged: {reason}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and CHANGED_BASE.fullmatch(init):
+        raise AdapterError(
+            f"`{path}`: init_lora_weights is {init!r}, which changes the base at the start of training; convert the adapter "
+            "with PEFT first (`path_initial_model_for_weight_conversion`)"
+        )
+    for setting in ("r", "lora_alpha"):
+        value = config.get(setting, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float) or (setting == "r" and value <= 0):
+            raise AdapterError(f"`{path}`: {setting} is {value!r}")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(setting) or {}
+        if not isinstance(pattern, dict) or not all(isinstance(value, int | float) for value in pattern.values()):
+            raise AdapterError(f"`{path}`: {setting} does not map names to numbers")

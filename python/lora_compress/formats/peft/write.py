@@ -1,0 +1,121 @@
+"""Writing PEFT's directory: factors streamed as they come, the configuration when all ranks are known."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_compress._native import Writer
+from lora_compress.formats.peft.card import model_card
+from lora_compress.formats.peft.layout import CONFIG, WEIGHTS, Layout, Place, head_place
+from lora_compress.model import CONV1D_MODELS, names
+
+if TYPE_CHECKING:
+    from lora_compress.adapter import AdapterPlan, Float32Matrix
+
+# The PEFT release whose files these are. Readers use it to tell older layouts of expert parameters apart.
+PEFT_VERSION = "0.21.2"
+
+
+class PeftWriter:
+    """An adapter being written."""
+
+    def __init__(self, path: Path, plan: AdapterPlan) -> None:
+        self._path = path
+        self._plan = plan
+        self._layout = Layout(plan.base, [item.tensor for item in plan.factors], plan.embeddings)
+        self._ranks: dict[str, int] = {}
+        self._parameters: list[str] = []
+        expected = [
+            spec
+            for item in plan.factors
+            for place in self._places(item.tensor)
+            for spec in _specs(place, plan.dtype, item.rows, item.cols, item.rank)
+        ]
+        self._writer = Writer(path / WEIGHTS, expected, {"format": "pt"})
+
+    def write(self, tensor: str, b: Float32Matrix, a: Float32Matrix) -> int:
+        """Append B (rows, r) and A (r, cols) of a tensor, for the tied head too where there is one."""
+        size = 0
+        for place in self._places(tensor):
+            left, right = (a.T, b.T) if place.transposed else (b, a)
+            # PEFT's A is the factor next to the input, its B the one next to the output, whichever way W is stored.
+            self._writer.append(place.a_key, self._plan.dtype, right)
+            self._writer.append(place.b_key, self._plan.dtype, left)
+            self._ranks[place.target] = b.shape[1]
+            if place.is_parameter:
+                self._parameters.append(place.target)
+            size += (a.size + b.size) * _WIDTH[self._plan.dtype]
+        return size
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Complete the weights, then write configuration and model card."""
+        self._writer.finish()
+        text = json.dumps(self._config(), indent=2, sort_keys=True)
+        (self._path / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (self._path / "README.md").write_text(model_card(manifest), encoding="utf-8")
+
+    def _places(self, tensor: str) -> Iterator[Place]:
+        place = self._layout.place(tensor)
+        if place is None:
+            raise ValueError(f"PEFT has no name for a low-rank delta of `{tensor}`")
+        yield place
+        if tensor == self._plan.tied_embedding:
+            yield head_place()
+
+    def _config(self) -> dict[str, Any]:
+        rank = max(self._ranks.values(), default=1)
+        pattern = {"^" + re.escape(name): r for name, r in self._ranks.items() if r != rank}
+        modules = [name for name in self._ranks if name not in self._parameters]
+        architecture = str((self._plan.base.config.get("architectures") or [""])[0])
+        return {
+            "peft_type": "LORA",
+            "peft_version": PEFT_VERSION,
+            "base_model_name_or_path": self._plan.base_name,
+            "revision": None,
+            "task_type": "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
+            "inference_mode": True,
+            "r": rank,
+            # alpha = r for every module, with and without the patterns: the scale is 1 for every reader.
+            "lora_alpha": rank,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "use_rslora": False,
+            "use_dora": False,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": self._plan.base.model_type in CONV1D_MODELS,
+            "target_modules": short_targets(modules, names(self._plan.base.checkpoint)),
+            "target_parameters": sorted(self._parameters) or None,
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "ensure_weight_tying": self._plan.tied_embedding is not None,
+        }
+
+
+def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
+    """`target_modules` for exactly these modules: last components where all modules of that name are meant, else full paths.
+
+    PEFT takes an entry as a whole path or as a suffix that begins at a dot, so that `q_proj` also means a vision tower's.
+    """
+    owners = {tensor.rpartition(".")[0] for tensor in tensors}
+    wanted = set(modules)
+    targets = set()
+    for module in modules:
+        last = module.rpartition(".")[2]
+        same_name = {owner for owner in owners if owner == last or owner.endswith("." + last)}
+        targets.add(last if same_name <= wanted else module)
+    return sorted(targets)
+
+
+_WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def _specs(place: Place, dtype: str, rows: int, cols: int, rank: int) -> list[tuple[str, str, list[int]]]:
+    out_size, in_size = (cols, rows) if place.transposed else (rows, cols)
+    return [(place.a_key, dtype, [rank, in_size]), (place.b_key, dtype, [out_size, rank])]

@@ -1,0 +1,114 @@
+"""A model on disk: its checkpoint, its configuration, and what the two say about names.
+
+Without PyTorch there is no module tree to ask, so this module holds the few conventions by which a tensor's role follows from
+its name and the model's `config.json`: which weights belong to embeddings, which are stored as (in, out), and which output
+head shares the embedding's matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import Checkpoint
+from lora_compress.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHT = ".weight"
+
+# Last component of the module: `embed_tokens`, `word_embeddings`, GPT-2's `wte` and `wpe`, T5's `shared` and its position
+# biases. GPT-NeoX's `embed_out` and the like are linear output layers.
+EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm)).*embed.*|wte|wpe|shared|relative_attention_bias")
+
+# transformers' `Conv1D` stores its weight as (in, out): the layers of that type, by the model types that have it.
+CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+CONV1D = re.compile(r"c_attn|c_fc|c_proj|q_attn")
+
+# Output heads of models with a language-modelling head, by their usual names.
+HEAD = "lm_head"
+HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An opened checkpoint with its configuration ({} where there is none)."""
+
+    path: Path
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Model:
+        """Open a safetensors file, or a directory with one or several of them.
+
+        Raises `FileNotFoundError` or another `OSError`, and `CheckpointError` for files that break their format.
+        """
+        path = Path(path)
+        if not path.exists():
+            hint = "; Hub ids are not resolved, download the model first (`hf download ORG/NAME`)"
+            raise FileNotFoundError(2, f"No such file or directory{hint if looks_like_hub_id(path) else ''}", str(path))
+        checkpoint = Checkpoint(path)
+        folder = path if path.is_dir() else path.parent
+        return cls(path, checkpoint, read_json(folder / CONFIG))
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the configuration, empty where there is none."""
+        return str(self.config.get("model_type", ""))
+
+    def is_conv1d(self, tensor: str) -> bool:
+        """Whether `tensor` is the weight of a transformers `Conv1D`, stored as (in, out)."""
+        return self.model_type in CONV1D_MODELS and CONV1D.fullmatch(last_component(tensor)) is not None
+
+    def tied_embedding(self) -> str | None:
+        """Name of the embedding whose matrix the output head shares, or None when the head is stored or absent.
+
+        A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where a head
+        is stored too needs no care here: both tensors then have a delta of their own.
+        """
+        architectures = self.config.get("architectures") or [""]
+        if not str(architectures[0]).endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
+            return None
+        inputs = [name for name in names(self.checkpoint) if last_component(name) in {"embed_tokens", "wte", "shared"}]
+        return inputs[0] if len(inputs) == 1 else None
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    """Names of all tensors, sorted."""
+    return [tensor.name for tensor in checkpoint.tensors()]
+
+
+def module_of(tensor: str) -> str | None:
+    """Path of the module whose `weight` the tensor is; None for any other parameter."""
+    return tensor.removesuffix(WEIGHT) if tensor.endswith(WEIGHT) else None
+
+
+def last_component(tensor: str) -> str:
+    """Last component of the module's path: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    return (module_of(tensor) or tensor).rpartition(".")[2]
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether the tensor is, by its name, the weight of an embedding: rows are entries of a vocabulary."""
+    return tensor.endswith(WEIGHT) and EMBEDDING.fullmatch(last_component(tensor)) is not None
+
+
+def looks_like_hub_id(path: Path) -> bool:
+    """Whether a missing path has the form ORG/NAME of the Hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) is not None and not path.parent.exists()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when the file does not exist. Raises `CheckpointError` when it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}` does not hold a JSON object")
+    return value

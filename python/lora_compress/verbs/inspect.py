@@ -1,0 +1,83 @@
+"""`inspect`: what a checkpoint or an adapter is, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import Checkpoint, TensorInfo
+from lora_compress.formats.peft.layout import CONFIG as ADAPTER_CONFIG
+from lora_compress.formats.peft.layout import WEIGHTS
+from lora_compress.model import Model, read_json
+from lora_compress.verbs.account import SCHEMA_VERSION
+from lora_compress.verbs.side_file import read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class InspectResult:
+    """What a path holds."""
+
+    path: Path
+    kind: str
+    files: tuple[Path, ...]
+    tensors: tuple[TensorInfo, ...]
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    tied_embedding: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Elements over all tensors."""
+        return sum(_elements(tensor) for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes over all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes by dtype, largest first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.dtype] += tensor.nbytes
+        return dict(counts.most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """As printed by `--json`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(self.path),
+            "kind": self.kind,
+            "files": [file.name for file in self.files],
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": self.dtypes,
+            "tied_embedding": self.tied_embedding,
+            "config": self.config,
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes, "file": t.shard}
+                for t in self.tensors
+            ],
+        }
+
+
+def inspect(path: str | Path) -> InspectResult:
+    """Describe a checkpoint or an adapter directory. Reads headers and configuration only; raises as `Model.open` does."""
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        weights = Checkpoint(path / WEIGHTS)
+        config, manifest = read_json(path / ADAPTER_CONFIG), read_manifest(path)
+        return InspectResult(path, "adapter", tuple(weights.shards), tuple(weights.tensors()), config, manifest)
+    model = Model.open(path)
+    files, tensors = tuple(model.checkpoint.shards), tuple(model.checkpoint.tensors())
+    return InspectResult(path, "checkpoint", files, tensors, model.config, {}, model.tied_embedding())
+
+
+def _elements(tensor: TensorInfo) -> int:
+    product = 1
+    for dim in tensor.shape:
+        product *= dim
+    return product

@@ -1,0 +1,67 @@
+"""Output that appears complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_compress.errors import OutputExistsError
+
+
+@contextmanager
+def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A directory to fill, renamed to `out` when the block ends and removed when it raises.
+
+    It is made beside `out`, because a rename cannot cross file systems. Raises `OutputExistsError` when `out` exists and is
+    not an empty directory (unless `force`), or is or contains one of `inputs` (always).
+    """
+    check(out, force=force, inputs=inputs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        # mkdtemp makes private directories; a model is as readable as any other new directory.
+        partial.chmod(0o777 & ~_umask())
+        if out.is_symlink() or out.is_file():
+            out.unlink()
+        elif out.exists():
+            _replace(out, partial)
+            return
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Raise `OutputExistsError` unless `out` may be written; called before any work."""
+    resolved = out.resolve()
+    for path in inputs:
+        if path.resolve() == resolved or resolved in path.resolve().parents:
+            raise OutputExistsError(f"the output `{out}` would replace the input `{path}`")
+    if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise OutputExistsError(f"`{out}` exists and is not empty: choose another output or pass --force")
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Put `partial` in the place of the directory `out`, which survives until its successor stands."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    old = aside / out.name
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it. A private directory as probe avoids that race with other threads.
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe"
+        probe.mkdir()
+        return 0o777 & ~probe.stat().st_mode

@@ -1,0 +1,153 @@
+"""Which tensor gets which treatment: decided from names, shapes and dtypes alone, before any data is read.
+
+Every tensor of either side ends up in exactly one of the treatments. What cannot be treated is an error that names it and says
+what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from lora_compress._native import TensorInfo
+from lora_compress.errors import SelectionError
+from lora_compress.model import HEAD, WEIGHT, Model
+
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+WHOLE = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+class Treatment(str, Enum):
+    """What becomes of a tensor."""
+
+    LOW_RANK = "low-rank"
+    EXACT = "exact"
+    UNCHANGED = "unchanged"
+    EXCLUDED = "excluded"
+    MISSING = "missing"
+    TIED = "tied"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor of the base and its counterpart in tuned, with the treatment its shape and dtype allow."""
+
+    name: str
+    base: TensorInfo
+    tuned: TensorInfo
+    treatment: Treatment
+
+    @property
+    def new_rows(self) -> int:
+        """Rows that tuned has beyond the base's (a grown vocabulary)."""
+        return self.tuned.shape[0] - self.base.shape[0] if self.base.shape else 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of the base's tensor."""
+        size = 1
+        for dim in self.base.shape:
+            size *= dim
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """All tensors of both sides: those to compare, and those that one side lacks."""
+
+    pairs: tuple[Pair, ...]
+    missing: tuple[str, ...]
+    tied_copies: tuple[str, ...]
+
+
+def select(
+    base: Model, tuned: Model, *, include: Sequence[str], exclude: Sequence[str], skip_missing: bool
+) -> Selection:
+    """Pair the tensors of two models.
+
+    Raises `SelectionError` for patterns that match nothing, tensors that one side lacks, shapes that differ by more than
+    appended rows, and dtypes that have no treatment.
+    """
+    ours = {tensor.name: tensor for tensor in base.checkpoint.tensors()}
+    theirs = {tensor.name: tensor for tensor in tuned.checkpoint.tensors()}
+    tied = tuple(name for name in sorted(set(ours) ^ set(theirs)) if _is_tied_copy(name, base, tuned))
+    both = sorted(set(ours) & set(theirs))
+    chosen = _chosen([*both, *sorted((set(ours) ^ set(theirs)) - set(tied))], include, exclude)
+    missing = tuple(name for name in sorted(set(ours) ^ set(theirs)) if name not in tied)
+    lost = [name for name in missing if name in chosen]
+    if lost and not skip_missing:
+        side = tuned if lost[0] in ours else base
+        raise SelectionError(
+            f"`{side.path}` lacks {_some(lost)}: pass --skip-missing to go on without, or --exclude a pattern"
+        )
+    pairs = tuple(_pair(name, ours[name], theirs[name], name in chosen) for name in both)
+    return Selection(pairs, missing, tied)
+
+
+def _chosen(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    chosen = set(names)
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        matched: set[str] = set()
+        for pattern in patterns:
+            try:
+                hits = {name for name in names if re.search(pattern, name)}
+            except re.error as error:
+                raise SelectionError(f"{option} `{pattern}` is not a regular expression: {error}") from error
+            if not hits:
+                raise SelectionError(f"{option} `{pattern}` matches no tensor; `lora-compress inspect --tensors` lists them")
+            matched |= hits
+        if patterns:
+            chosen = chosen & matched if option == "--include" else chosen - matched
+    return chosen
+
+
+def _pair(name: str, base: TensorInfo, tuned: TensorInfo, chosen: bool) -> Pair:
+    grown = bool(base.shape) and base.shape[1:] == tuned.shape[1:] and tuned.shape[0] >= base.shape[0]
+    if not chosen:
+        return Pair(name, base, tuned, Treatment.EXCLUDED)
+    if base.shape != tuned.shape and not grown:
+        raise SelectionError(
+            f"`{name}` has shape {base.shape} in the base and {tuned.shape} in the tuned model: only further rows can be "
+            f"carried; --exclude '^{re.escape(name)}$' leaves it out"
+        )
+    if base.dtype in FLOATS and tuned.dtype in FLOATS:
+        return Pair(name, base, tuned, Treatment.LOW_RANK if len(base.shape) == 2 else Treatment.EXACT)
+    if base.dtype == tuned.dtype and base.dtype in WHOLE and len(base.shape) < 2:
+        return Pair(name, base, tuned, Treatment.EXACT)
+    # Equal bytes need no treatment, whatever their dtype: whether this is an error is known once they are compared.
+    return Pair(name, base, tuned, Treatment.UNCHANGED)
+
+
+def refuse(pair: Pair) -> SelectionError:
+    """The error for a changed tensor whose dtypes have no treatment."""
+    dtypes = pair.base.dtype if pair.base.dtype == pair.tuned.dtype else f"{pair.base.dtype} against {pair.tuned.dtype}"
+    return SelectionError(
+        f"`{pair.name}` ({dtypes}, shape {pair.base.shape}) has changed and looks quantised: dequantise both models first, "
+        f"or leave it out with --exclude '^{re.escape(pair.name)}$'"
+    )
+
+
+def _is_tied_copy(name: str, base: Model, tuned: Model) -> bool:
+    """Whether `name` is an output head that one side stores although it equals its own tied embedding."""
+    if name != HEAD + WEIGHT:
+        return False
+    holder, other = (base, tuned) if name in base.checkpoint else (tuned, base)
+    embedding = other.tied_embedding()
+    if embedding is None or embedding not in holder.checkpoint:
+        return False
+    head, shared = holder.checkpoint.info(name), holder.checkpoint.info(embedding)
+    if (head.dtype, head.shape) != (shared.dtype, shared.shape):
+        return False
+    step = 8 << 20
+    return all(
+        holder.checkpoint.read_bytes(name, begin, min(step, head.nbytes - begin))
+        == holder.checkpoint.read_bytes(embedding, begin, min(step, head.nbytes - begin))
+        for begin in range(0, head.nbytes, step)
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(f"`{name}`" for name in names[:3])
+    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"

@@ -1,0 +1,80 @@
+"""What a LoRA cannot carry, beside the adapter: `lora_compress/exact.safetensors` and `lora_compress/manifest.json`.
+
+A directory of their own keeps both out of sight of servers, some of which load every safetensors file they find next to the
+adapter. Tensors are stored as tuned has them, in its dtype, under `exact:NAME` (the rows that the base has too) or `new_rows:NAME`
+(the rows that follow).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import Checkpoint, Writer
+from lora_compress.adapter import Adapter, Stored
+from lora_compress.errors import AdapterError
+from lora_compress.model import read_json
+from lora_compress.verbs.account import SCHEMA_VERSION
+from lora_compress.verbs.selection import Pair, Treatment
+
+FOLDER = "lora_compress"
+EXACT = "exact.safetensors"
+MANIFEST = "manifest.json"
+WHOLE, ROWS = "exact:", "new_rows:"
+
+
+def write_exact(adapter: Path, tuned: Checkpoint, pairs: Sequence[Pair]) -> None:
+    """Store the tensors with treatment exact, and the new rows of any tensor, from `tuned`."""
+    stored = [pair for pair in pairs if pair.treatment is Treatment.EXACT or pair.new_rows]
+    if not stored:
+        return
+    (adapter / FOLDER).mkdir(exist_ok=True)
+    expected = [(prefix + pair.name, pair.tuned.dtype, pair.tuned.shape) for pair in stored for prefix in (WHOLE, ROWS)]
+    writer = Writer(adapter / FOLDER / EXACT, expected)
+    for pair in stored:
+        rows = pair.base.shape[0] if pair.base.shape else None
+        if pair.treatment is Treatment.EXACT:
+            writer.append_stored(WHOLE + pair.name, tuned, pair.name, 0, rows)
+        if pair.new_rows:
+            writer.append_stored(ROWS + pair.name, tuned, pair.name, rows or 0)
+    writer.finish()
+
+
+def write_manifest(adapter: Path, manifest: Mapping[str, Any]) -> None:
+    """Store the account of the extraction."""
+    (adapter / FOLDER).mkdir(exist_ok=True)
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    (adapter / FOLDER / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(adapter: Path) -> dict[str, Any]:
+    """The account of the extraction; {} for an adapter that this package did not write."""
+    manifest = read_json(adapter / FOLDER / MANIFEST)
+    version = manifest.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise AdapterError(
+            f"`{adapter / FOLDER / MANIFEST}` has schema version {version!r}, this release reads {SCHEMA_VERSION}: upgrade"
+        )
+    return manifest
+
+
+def with_side_file(adapter: Adapter) -> Adapter:
+    """The adapter and what its side file adds. Raises `AdapterError` where both replace the same tensor."""
+    path = adapter.path / FOLDER / EXACT
+    if not path.is_file():
+        return adapter
+    side = Checkpoint(path)
+    replacements: dict[str, Stored] = dict(adapter.replacements)
+    rows: dict[str, Stored] = dict(adapter.new_rows)
+    for tensor in side.tensors():
+        prefix, colon, name = tensor.name.partition(":")
+        target = {WHOLE: replacements, ROWS: rows}.get(prefix + colon)
+        if target is None:
+            raise AdapterError(f"`{path}`: `{tensor.name}` begins with neither `{WHOLE}` nor `{ROWS}`")
+        if name in target:
+            raise AdapterError(f"`{path}` and the adapter beside it both store `{name}`")
+        target[name] = (side, tensor.name)
+    return replace(adapter, replacements=replacements, new_rows=rows)

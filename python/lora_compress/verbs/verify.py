@@ -1,0 +1,172 @@
+"""`verify`: how far base + adapter is from tuned, tensor by tensor, and whether that is what extraction promised.
+
+Nothing is written: each tensor is merged in memory, panel by panel, exactly as `merge` would write it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import Comparison, Update, compare
+from lora_compress.adapter import Adapter
+from lora_compress.model import Model, names
+from lora_compress.verbs.account import SCHEMA_VERSION, relative
+from lora_compress.verbs.merge import read_adapter
+from lora_compress.verbs.parallel import ordered_map
+from lora_compress.verbs.progress import Progress, Silent
+from lora_compress.verbs.selection import FLOATS
+from lora_compress.verbs.side_file import read_manifest
+
+# Extraction and verification form the same residual in f32 with the same products, but over other panels: they agree to the
+# rounding of f32 sums, far inside this.
+AGREEMENT = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """One tensor. Energies are squared Frobenius norms over the rows of the base; `promised` is None without a manifest."""
+
+    name: str
+    delta_energy: float
+    error_energy: float
+    merged_error_energy: float
+    largest: float
+    promised_energy: float | None
+    problem: str = ""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − adapter‖ / ‖ΔW‖."""
+        return relative(self.error_energy, self.delta_energy)
+
+    @property
+    def merged_error(self) -> float:
+        """‖merged − tuned‖ / ‖ΔW‖: the same after rounding to the base's dtype."""
+        return relative(self.merged_error_energy, self.delta_energy)
+
+    def to_json(self) -> dict[str, Any]:
+        """As printed by `--json`."""
+        return {
+            "name": self.name,
+            "delta_energy": self.delta_energy,
+            "error_energy": self.error_energy,
+            "merged_error_energy": self.merged_error_energy,
+            "promised_energy": self.promised_energy,
+            "error": self.error,
+            "merged_error": self.merged_error,
+            "largest": self.largest,
+            "problem": self.problem or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What `verify` found."""
+
+    tensors: tuple[TensorCheck, ...]
+    unchecked: tuple[str, ...]
+    has_promise: bool
+    seconds: float
+
+    @property
+    def problems(self) -> list[TensorCheck]:
+        """Tensors whose error differs from what extraction promised, or whose rows differ."""
+        return [tensor for tensor in self.tensors if tensor.problem]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − adapter‖ / ‖ΔW‖ over all tensors."""
+        return self._total("error_energy")
+
+    @property
+    def merged_error(self) -> float:
+        """‖merged − tuned‖ / ‖ΔW‖ over all tensors."""
+        return self._total("merged_error_energy")
+
+    def _total(self, field: str) -> float:
+        part = math.fsum(getattr(tensor, field) for tensor in self.tensors)
+        return relative(part, math.fsum(tensor.delta_energy for tensor in self.tensors))
+
+    def to_json(self) -> dict[str, Any]:
+        """As printed by `--json`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "error": self.error,
+            "merged_error": self.merged_error,
+            "has_promise": self.has_promise,
+            "seconds": self.seconds,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+            "unchecked": list(self.unchecked),
+        }
+
+
+def verify(
+    base: str | Path, tuned: str | Path, adapter: str | Path, *, progress: Progress | None = None
+) -> VerifyResult:
+    """Compare base + adapter with tuned.
+
+    Tensors that only one model has, or whose dtype has no arithmetic, are listed as unchecked (integers are compared by
+    extraction, byte for byte). Raises as `merge` does.
+    """
+    started = time.perf_counter()
+    base_model, tuned_model = Model.open(base), Model.open(tuned)
+    parts = read_adapter(adapter, base_model)
+    manifest = read_manifest(Path(adapter))
+    promised = {str(row["name"]): row for row in manifest.get("tensors", [])}
+    ours, theirs = names(base_model.checkpoint), set(names(tuned_model.checkpoint))
+    checkable = [name for name in ours if name in theirs and _is_comparable(base_model, tuned_model, parts, name)]
+    unchecked = sorted((set(ours) | theirs) - set(checkable))
+    progress = progress or Silent()
+    sizes = {name: base_model.checkpoint.info(name).nbytes for name in checkable}
+    progress.begin("verifying", sum(sizes.values()), len(checkable))
+
+    def job(name: str) -> Comparison:
+        update = parts.update(name) if name in parts.tensors() else Update()
+        return compare(base_model.checkpoint, tuned_model.checkpoint, name, update)
+
+    checks = []
+    for name, comparison in ordered_map(job, checkable, lambda name: sizes[name] // 2):
+        checks.append(_check(name, comparison, promised.get(name)))
+        progress.advance(sizes[name], 1, name)
+    return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), time.perf_counter() - started)
+
+
+def _is_comparable(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:
+    ours, theirs = base.checkpoint.info(name), tuned.checkpoint.info(name)
+    shape = list(ours.shape)
+    if name in adapter.new_rows and shape:
+        checkpoint, key = adapter.new_rows[name]
+        shape[0] += checkpoint.info(key).shape[0]
+    return {ours.dtype, theirs.dtype} <= FLOATS and shape == list(theirs.shape)
+
+
+def _check(name: str, comparison: Comparison, promise: dict[str, Any] | None) -> TensorCheck:
+    expected = promise.get("error_energy") if promise else None
+    problem = ""
+    if not comparison.new_rows_equal:
+        problem = "its new rows differ from the tuned model's"
+    elif expected is not None and promise and promise.get("treatment") != "exact":
+        slack = AGREEMENT * expected + 1e-12 * comparison.delta_energy
+        if abs(comparison.error_energy - expected) > slack:
+            promised = relative(expected, comparison.delta_energy)
+            found = relative(comparison.error_energy, comparison.delta_energy)
+            problem = f"its error is {found:.3g}, extraction promised {promised:.3g}"
+    return TensorCheck(
+        name,
+        comparison.delta_energy,
+        comparison.error_energy,
+        comparison.merged_error_energy,
+        comparison.largest,
+        expected,
+        problem,
+    )
