@@ -2,7 +2,8 @@
 """Train the base/tuned pair that `lora-compress demo` ships: a byte-level Llama with a tied embedding.
 
 The base learns the King James Bible and a first glimpse of the Jargon File; the tuned model is a *full* fine-tune of it
-on the whole Jargon File: every weight moves, no low-rank structure is planted. Both texts are in the public domain and come from Debian:
+on the whole Jargon File: every weight moves, no low-rank structure is planted. Both texts are in the public domain and
+come from Debian:
 
     apt-get install bible-kjv-text dict-jargon dictzip
     bible -f 'Gen1:1-Rev22:21' > kjv.txt </dev/null
@@ -56,7 +57,9 @@ def heldout_loss(model: LlamaForCausalLM, text: bytes) -> float:
     return model.eval()(windows, labels=windows).loss.item()
 
 
-def train(model: LlamaForCausalLM, text: bytes, *, steps: int, batch: int, lr: float, seed: int, heldout: bytes) -> None:
+def train(
+    model: LlamaForCausalLM, text: bytes, *, steps: int, batch: int, lr: float, seed: int, heldout: bytes
+) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.1)
     for step, ids in enumerate(batches(text, steps, batch, seed)):
@@ -72,8 +75,13 @@ def train(model: LlamaForCausalLM, text: bytes, *, steps: int, batch: int, lr: f
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # The head is tied: as in every Hugging Face checkpoint, the shared matrix is stored once, under the embedding's name.
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    # The head is tied: as in every Hugging Face checkpoint, the shared matrix is stored once, under the embedding's
+    # name.
+    tensors = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**model.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -5,8 +5,9 @@
     >>> lora_compress.verify("base/", "tuned/", "adapter/").ok                   # doctest: +SKIP
     >>> lora_compress.merge("base/", ["adapter/"], "merged/")                    # doctest: +SKIP
 
-The pipeline, one way: checkpoint → delta → factors → adapter → merged checkpoint. The verbs here are those of the command
-line, with the same names. Importing this package loads neither plugins nor NumPy: names are resolved when first used.
+The pipeline, one way: checkpoint → delta → factors → adapter → merged checkpoint. The verbs here are those of the
+command line, with the same names. Importing this package loads neither plugins nor NumPy: names are resolved when first
+used.
 """
 
 from importlib import import_module

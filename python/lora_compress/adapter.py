@@ -1,7 +1,7 @@
 """The adapter as the host sees it, whatever format it has on disk.
 
-An adapter read from disk is a map from the base's tensors to parts: low-rank terms, replacements, appended rows. An adapter
-being written is a stream of factors, announced beforehand by an `AdapterPlan`.
+An adapter read from disk is a map from the base's tensors to parts: low-rank terms, replacements, appended rows. An
+adapter being written is a stream of factors, announced beforehand by an `AdapterPlan`.
 """
 
 from __future__ import annotations

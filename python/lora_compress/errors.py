@@ -1,7 +1,7 @@
 """Every exception that this package raises on purpose.
 
-All derive from `LoraCompressError`, and their messages name the file or tensor and say what to do. Files that cannot be read
-or written raise the usual subclasses of `OSError`.
+All derive from `LoraCompressError`, and their messages name the file or tensor and say what to do. Files that cannot be
+read or written raise the usual subclasses of `OSError`.
 """
 
 from lora_compress._native import CheckpointError, LoraCompressError, TensorError

@@ -1,7 +1,7 @@
 """The hooks of lora_compress: what a plugin can add.
 
-A plugin is a distribution with an entry point in the group `lora_compress`, naming a module or object whose functions carry
-`@lora_compress.hookimpl`. What this package ships is registered through the same hooks (`decompositions/ab.py`,
+A plugin is a distribution with an entry point in the group `lora_compress`, naming a module or object whose functions
+carry `@lora_compress.hookimpl`. What this package ships is registered through the same hooks (`decompositions/ab.py`,
 `formats/peft/__init__.py`).
 
     # my_plugin.py                                   # pyproject.toml

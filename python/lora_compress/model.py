@@ -1,8 +1,8 @@
 """A model on disk: its checkpoint, its configuration, and what the two say about names.
 
-Without PyTorch there is no module tree to ask, so this module holds the few conventions by which a tensor's role follows from
-its name and the model's `config.json`: which weights belong to embeddings, which are stored as (in, out), and which output
-head shares the embedding's matrix.
+Without PyTorch there is no module tree to ask, so this module holds the few conventions by which a tensor's role
+follows from its name and the model's `config.json`: which weights belong to embeddings, which are stored as (in, out),
+and which output head shares the embedding's matrix.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_compress.errors import CheckpointError
 CONFIG = "config.json"
 WEIGHT = ".weight"
 
-# Last component of the module: `embed_tokens`, `word_embeddings`, GPT-2's `wte` and `wpe`, T5's `shared` and its position
-# biases. GPT-NeoX's `embed_out` and the like are linear output layers.
+# Last component of the module: `embed_tokens`, `word_embeddings`, GPT-2's `wte` and `wpe`, T5's `shared` and its
+# position biases. GPT-NeoX's `embed_out` and the like are linear output layers.
 EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm)).*embed.*|wte|wpe|shared|relative_attention_bias")
 
 # transformers' `Conv1D` stores its weight as (in, out): the layers of that type, by the model types that have it.
@@ -66,8 +66,8 @@ class Model:
     def tied_embedding(self) -> str | None:
         """Name of the embedding whose matrix the output head shares, or None when the head is stored or absent.
 
-        A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where a head
-        is stored too needs no care here: both tensors then have a delta of their own.
+        A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where
+        a head is stored too needs no care here: both tensors then have a delta of their own.
         """
         architectures = self.config.get("architectures") or [""]
         if not str(architectures[0]).endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
@@ -102,7 +102,9 @@ def looks_like_hub_id(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when the file does not exist. Raises `CheckpointError` when it holds anything else."""
+    """The object in a JSON file; {} when the file does not exist. Raises `CheckpointError` when it holds anything
+    else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

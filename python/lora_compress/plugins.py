@@ -52,10 +52,14 @@ class Registry(Generic[Item]):
         """Add `item`; raise `PluginError` when its name is malformed or taken."""
         name = item.name
         if NAME.fullmatch(name) is None:
-            raise PluginError(f"plugin `{origin}` registers the {self._kind} `{name}`: names are a-z, 0-9 and inner hyphens")
+            raise PluginError(
+                f"plugin `{origin}` registers the {self._kind} `{name}`: names are a-z, 0-9 and inner hyphens"
+            )
         if name in self._items:
             other = self._items[name][1]
-            raise PluginError(f"the {self._kind} `{name}` is registered by both `{other}` and `{origin}`: uninstall one")
+            raise PluginError(
+                f"the {self._kind} `{name}` is registered by both `{other}` and `{origin}`: uninstall one"
+            )
         self._items[name] = (item, origin)
 
     def __getitem__(self, name: str) -> Item:
@@ -128,7 +132,8 @@ class Plugins:
         self._distributions[name] = (distribution, version)
 
     def _collect(self, hook: str, add: Callable[[Any, str], None]) -> None:
-        # One plugin at a time, so that what is registered, and what fails, has a name. (pluggy calls the last one first.)
+        # One plugin at a time, so that what is registered, and what fails, has a name. (pluggy calls the last one
+        # first.)
         for name in self._distributions:
             plugin = self._manager.get_plugin(name)
             others = [other for other in self._manager.get_plugins() if other is not plugin]

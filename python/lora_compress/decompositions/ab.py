@@ -1,6 +1,7 @@
 """`ab`: ΔW ≈ B·A, the two factors of LoRA, by truncated SVD.
 
-The best pair of its rank in the Frobenius norm is U·diag(σ)·Vᵀ (Eckart & Young 1936). The singular values are split evenly,
+The best pair of its rank in the Frobenius norm is U·diag(σ)·Vᵀ (Eckart & Young 1936). The singular values are split
+evenly,
 B = U·√σ and A = √σ·Vᵀ: with all of σ in one factor, entries of small directions would reach the subnormal range of F16.
 """
 

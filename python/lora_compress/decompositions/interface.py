@@ -1,11 +1,11 @@
 """A decomposition is data: a contraction of factors over named indices.
 
-`"out r, r in"` says that ΔW[out, in] = Σ_r B[out, r]·A[r, in]. From the contraction the host derives how many factors there
-are, their shapes for a given rank, the parameter count, and the exact lowering to a pair (B, A). What cannot be derived is how
-to find good factors: that is `fit`.
+`"out r, r in"` says that ΔW[out, in] = Σ_r B[out, r]·A[r, in]. From the contraction the host derives how many factors
+there are, their shapes for a given rank, the parameter count, and the exact lowering to a pair (B, A). What cannot be
+derived is how to find good factors: that is `fit`.
 
-This release reads *chains*: factors of two indices, the first beginning with `out`, the last ending with `in`, neighbours
-sharing one bond. Every bond gets the rank as its size.
+This release reads *chains*: factors of two indices, the first beginning with `out`, the last ending with `in`,
+neighbours sharing one bond. Every bond gets the rank as its size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class Fit(Protocol):
     """Finds factors for one delta, in the order of the contraction, float32.
 
-    The factors' bonds may be smaller than `rank` where the delta needs no more. Must be deterministic in (delta, rank, seed).
+    The factors' bonds may be smaller than `rank` where the delta needs no more. Must be deterministic in (delta, rank,
+    seed).
     """
 
     def __call__(self, delta: Delta, rank: int, *, seed: int, tolerance: float) -> Sequence[Factor]:
@@ -82,7 +84,7 @@ class Decomposition:
         """
         if len(factors) != len(self.terms):
             raise ValueError(f"{len(factors)} factors for the {len(self.terms)} terms of `{self.contraction}`")
-        for number, (left, right) in enumerate(zip(factors, factors[1:], strict=False)):
+        for number, (left, right) in enumerate(pairwise(factors)):
             if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
                 shapes = f"{left.shape} and {right.shape}"
                 raise ValueError(f"factors {number + 1} and {number + 2} of `{self.contraction}` have shapes {shapes}")

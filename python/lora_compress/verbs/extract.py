@@ -1,12 +1,13 @@
 """`extract`: base and tuned checkpoints become an adapter.
 
-Every tensor is visited once. Equal bytes cost a comparison; a changed matrix becomes a delta, its factors are fitted by the
-chosen decomposition, lowered to (B, A), rounded to the adapter's dtype, and only then is their error measured: what is reported
-is the error of what is stored.
+Every tensor is visited once. Equal bytes cost a comparison; a changed matrix becomes a delta, its factors are fitted by
+the chosen decomposition, lowered to (B, A), rounded to the adapter's dtype, and only then is their error measured: what
+is reported is the error of what is stored.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -106,8 +107,8 @@ def extract(
     include, exclude: regular expressions searched in tensor names; excluded tensors keep the base's values.
     embeddings: regular expressions for embeddings that their names do not give away.
     skip_missing: go on when one side lacks tensors.
-    tied_head: store the factors of a tied embedding for the output head too, so that PEFT's forward applies them to both.
-    base_name: what the adapter calls its base, a Hub id for instance; the path as given when absent.
+    tied_head: store the factors of a tied embedding for the output head too, so that PEFT's forward applies them to
+    both. base_name: what the adapter calls its base, a Hub id for instance; the path as given when absent.
     seed: seed of the randomised decomposition; the same inputs and seed give the same bytes.
     tolerance: how far above the best error of its rank each matrix may be, relatively.
     force: replace an existing output.
@@ -116,8 +117,8 @@ def extract(
 
     Raises
     ------
-    SelectionError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError; `ValueError` for options out of
-    range. Nothing is left behind.
+    SelectionError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError; `ValueError` for options out
+    of range. Nothing is left behind.
     """
     started = time.perf_counter()
     if rank < 1 or dtype not in DTYPES or not tolerance > 0:
@@ -137,7 +138,7 @@ def extract(
         base=base_model,
         base_name=base_name or str(base),
         dtype=dtype,
-        factors=[PlannedFactors(p.name, *p.base.shape, min(rank, *p.base.shape)) for p in low_rank],
+        factors=[_planned(pair, rank) for pair in low_rank],
         tied_embedding=tied if any(pair.name == tied for pair in low_rank) else None,
         embeddings=_matching(embeddings, [pair.name for pair in low_rank]),
     )
@@ -182,7 +183,16 @@ def extract(
     tuned_bytes = sum(tensor.nbytes for tensor in tuned_model.checkpoint.tensors())
     seconds = time.perf_counter() - started
     return ExtractResult(
-        out, rank, method.name, target.name, dtype, tuple(accounts), adapter_bytes, tuned_bytes, seconds, tuple(warnings)
+        out,
+        rank,
+        method.name,
+        target.name,
+        dtype,
+        tuple(accounts),
+        adapter_bytes,
+        tuned_bytes,
+        seconds,
+        tuple(warnings),
     )
 
 
@@ -271,13 +281,16 @@ def _account(pair: Pair) -> TensorAccount:
     return TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment, new_rows=rows)
 
 
+def _planned(pair: Pair, rank: int) -> PlannedFactors:
+    rows, cols = pair.base.shape
+    return PlannedFactors(pair.name, rows, cols, min(rank, rows, cols))
+
+
 def _row_bytes(pair: Pair) -> int:
     return pair.tuned.nbytes // pair.tuned.shape[0] if pair.tuned.shape and pair.tuned.shape[0] else 0
 
 
 def _matching(patterns: Sequence[str], tensors: Sequence[str]) -> frozenset[str]:
-    import re
-
     found: set[str] = set()
     for pattern in patterns:
         hits = {tensor for tensor in tensors if re.search(pattern, tensor)}

@@ -65,7 +65,9 @@ class InspectResult:
 
 
 def inspect(path: str | Path) -> InspectResult:
-    """Describe a checkpoint or an adapter directory. Reads headers and configuration only; raises as `Model.open` does."""
+    """Describe a checkpoint or an adapter directory. Reads headers and configuration only; raises as `Model.open`
+    does.
+    """
     path = Path(path)
     if (path / ADAPTER_CONFIG).is_file():
         weights = Checkpoint(path / WEIGHTS)

@@ -1,7 +1,7 @@
 """`merge`: a base and adapters become a merged checkpoint, W' = round(W + Σ s·B·A).
 
-The output has the base's files: the same shards, dtypes, order and index. Tensors that no adapter touches are copied byte for
-byte, and so is everything else that makes a model (configuration, tokenizer).
+The output has the base's files: the same shards, dtypes, order and index. Tensors that no adapter touches are copied
+byte for byte, and so is everything else that makes a model (configuration, tokenizer).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def merge(
 ) -> MergeResult:
     """Merge adapters into a base model.
 
-    Several adapters are summed in the order given. Where exactly one stores a tensor whole, its values are copied; where
-    several do, each one's difference to the base is added.
+    Several adapters are summed in the order given. Where exactly one stores a tensor whole, its values are copied;
+    where several do, each one's difference to the base is added.
 
     Parameters
     ----------
@@ -121,7 +121,9 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
     form = next((form for form in host.formats if form.recognises(path)), None)
     if form is None:
         known = ", ".join(form.name for form in host.formats)
-        raise AdapterError(f"`{path}` is not an adapter of any known format ({known}): is there an `adapter_config.json`?")
+        raise AdapterError(
+            f"`{path}` is not an adapter of any known format ({known}): is there an `adapter_config.json`?"
+        )
     adapter = with_side_file(form.read(path, base))
     unknown = sorted(adapter.tensors() - set(names(base.checkpoint)))
     if unknown:

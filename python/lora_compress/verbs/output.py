@@ -15,8 +15,8 @@ from lora_compress.errors import OutputExistsError
 def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A directory to fill, renamed to `out` when the block ends and removed when it raises.
 
-    It is made beside `out`, because a rename cannot cross file systems. Raises `OutputExistsError` when `out` exists and is
-    not an empty directory (unless `force`), or is or contains one of `inputs` (always).
+    It is made beside `out`, because a rename cannot cross file systems. Raises `OutputExistsError` when `out` exists
+    and is not an empty directory (unless `force`), or is or contains one of `inputs` (always).
     """
     check(out, force=force, inputs=inputs)
     out.parent.mkdir(parents=True, exist_ok=True)

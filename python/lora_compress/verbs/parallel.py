@@ -11,8 +11,8 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Elements of Δ in flight, as float32 about 64 MB. A larger tensor runs alone, on all threads of the core; smaller ones run side
-# by side, because their many short steps would leave threads idle.
+# Elements of Δ in flight, as float32 about 64 MB. A larger tensor runs alone, on all threads of the core; smaller ones
+# run side by side, because their many short steps would leave threads idle.
 IN_FLIGHT = 16_000_000
 
 
@@ -21,8 +21,8 @@ def ordered_map(
 ) -> Iterator[tuple[Task, Result]]:
     """`(task, job(task))` for every task, in the order of `tasks`, whatever order they finish in.
 
-    Jobs run in threads (they release the GIL in the core) while their summed `cost` stays within `IN_FLIGHT`; one job always
-    runs. The first exception is raised here and leaves the remaining tasks undone.
+    Jobs run in threads (they release the GIL in the core) while their summed `cost` stays within `IN_FLIGHT`; one job
+    always runs. The first exception is raised here and leaves the remaining tasks undone.
     """
     waiting: deque[tuple[Task, Future[Result]]] = deque()
     in_flight = 0

@@ -1,7 +1,7 @@
 """Which tensor gets which treatment: decided from names, shapes and dtypes alone, before any data is read.
 
-Every tensor of either side ends up in exactly one of the treatments. What cannot be treated is an error that names it and says
-what to do.
+Every tensor of either side ends up in exactly one of the treatments. What cannot be treated is an error that names it
+and says what to do.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def select(
 ) -> Selection:
     """Pair the tensors of two models.
 
-    Raises `SelectionError` for patterns that match nothing, tensors that one side lacks, shapes that differ by more than
-    appended rows, and dtypes that have no treatment.
+    Raises `SelectionError` for patterns that match nothing, tensors that one side lacks, shapes that differ by more
+    than appended rows, and dtypes that have no treatment.
     """
     ours = {tensor.name: tensor for tensor in base.checkpoint.tensors()}
     theirs = {tensor.name: tensor for tensor in tuned.checkpoint.tensors()}
@@ -96,7 +96,9 @@ def _chosen(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
             except re.error as error:
                 raise SelectionError(f"{option} `{pattern}` is not a regular expression: {error}") from error
             if not hits:
-                raise SelectionError(f"{option} `{pattern}` matches no tensor; `lora-compress inspect --tensors` lists them")
+                raise SelectionError(
+                    f"{option} `{pattern}` matches no tensor; `lora-compress inspect --tensors` lists them"
+                )
             matched |= hits
         if patterns:
             chosen = chosen & matched if option == "--include" else chosen - matched
@@ -109,8 +111,8 @@ def _pair(name: str, base: TensorInfo, tuned: TensorInfo, chosen: bool) -> Pair:
         return Pair(name, base, tuned, Treatment.EXCLUDED)
     if base.shape != tuned.shape and not grown:
         raise SelectionError(
-            f"`{name}` has shape {base.shape} in the base and {tuned.shape} in the tuned model: only further rows can be "
-            f"carried; --exclude '^{re.escape(name)}$' leaves it out"
+            f"`{name}` has shape {base.shape} in the base and {tuned.shape} in the tuned model: only "
+            f"further rows can be carried; --exclude '^{re.escape(name)}$' leaves it out"
         )
     if base.dtype in FLOATS and tuned.dtype in FLOATS:
         return Pair(name, base, tuned, Treatment.LOW_RANK if len(base.shape) == 2 else Treatment.EXACT)
@@ -124,8 +126,8 @@ def refuse(pair: Pair) -> SelectionError:
     """The error for a changed tensor whose dtypes have no treatment."""
     dtypes = pair.base.dtype if pair.base.dtype == pair.tuned.dtype else f"{pair.base.dtype} against {pair.tuned.dtype}"
     return SelectionError(
-        f"`{pair.name}` ({dtypes}, shape {pair.base.shape}) has changed and looks quantised: dequantise both models first, "
-        f"or leave it out with --exclude '^{re.escape(pair.name)}$'"
+        f"`{pair.name}` ({dtypes}, shape {pair.base.shape}) has changed and looks quantised: dequantise both "
+        f"models first, or leave it out with --exclude '^{re.escape(pair.name)}$'"
     )
 
 

@@ -1,8 +1,8 @@
 """What a LoRA cannot carry, beside the adapter: `lora_compress/exact.safetensors` and `lora_compress/manifest.json`.
 
-A directory of their own keeps both out of sight of servers, some of which load every safetensors file they find next to the
-adapter. Tensors are stored as tuned has them, in its dtype, under `exact:NAME` (the rows that the base has too) or `new_rows:NAME`
-(the rows that follow).
+A directory of their own keeps both out of sight of servers, some of which load every safetensors file they find next to
+the adapter. Tensors are stored as tuned has them, in its dtype, under `exact:NAME` (the rows that the base has too) or
+`new_rows:NAME` (the rows that follow).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def read_manifest(adapter: Path) -> dict[str, Any]:
     version = manifest.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise AdapterError(
-            f"`{adapter / FOLDER / MANIFEST}` has schema version {version!r}, this release reads {SCHEMA_VERSION}: upgrade"
+            f"`{adapter / FOLDER / MANIFEST}` has schema version {version!r}, this release reads "
+            f"{SCHEMA_VERSION}: upgrade"
         )
     return manifest
 

@@ -21,14 +21,16 @@ from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest
 
-# Extraction and verification form the same residual in f32 with the same products, but over other panels: they agree to the
-# rounding of f32 sums, far inside this.
+# Extraction and verification form the same residual in f32 with the same products, but over other panels: they agree to
+# the rounding of f32 sums, far inside this.
 AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """One tensor. Energies are squared Frobenius norms over the rows of the base; `promised` is None without a manifest."""
+    """One tensor. Energies are squared Frobenius norms over the rows of the base; `promised` is None without a
+    manifest.
+    """
 
     name: str
     delta_energy: float

@@ -1,8 +1,8 @@
 """PEFT's LoRA directory: `adapter_config.json`, `adapter_model.safetensors`, and a model card.
 
-Written so that PEFT, vLLM and LoRAX read the same ΔW: the scale is folded into the factors, `r` = `lora_alpha` = the largest
-rank, and `alpha_pattern` equals `rank_pattern`, so that alpha / r is 1 for readers that know the patterns and for those that
-ignore them. (PEFT's own readers: `peft.tuners.lora`; vLLM's: `vllm/lora/peft_helper.py`.)
+Written so that PEFT, vLLM and LoRAX read the same ΔW: the scale is folded into the factors, `r` = `lora_alpha` = the
+largest rank, and `alpha_pattern` equals `rank_pattern`, so that alpha / r is 1 for readers that know the patterns and
+for those that ignore them. (PEFT's own readers: `peft.tuners.lora`; vLLM's: `vllm/lora/peft_helper.py`.)
 """
 
 from __future__ import annotations

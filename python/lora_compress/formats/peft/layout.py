@@ -45,8 +45,8 @@ class Layout:
     def __init__(self, base: Model, tensors: Sequence[str], embeddings: Collection[str] = ()) -> None:
         self._base = base
         self._embeddings = embeddings
-        # PEFT nests several adapters on one module in the order in which the module's parameters were registered, which a
-        # checkpoint does not tell: only a module's single parameter has a known key.
+        # PEFT nests several adapters on one module in the order in which the module's parameters were registered, which
+        # a checkpoint does not tell: only a module's single parameter has a known key.
         self._per_module = Counter(_owner(tensor) for tensor in tensors)
 
     def place(self, tensor: str) -> Place | None:

@@ -1,7 +1,7 @@
 """Reading PEFT's directory, its own files as well as ours.
 
-Every tensor of the file ends up in the adapter or is refused by name; a configuration that means more than s·B·A is refused
-too, because merging it as plain LoRA would give another model without a word.
+Every tensor of the file ends up in the adapter or is refused by name; a configuration that means more than s·B·A is
+refused too, because merging it as plain LoRA would give another model without a word.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class _Reader:
             (ours[0] == theirs[1].T).all() and (ours[1] == theirs[0].T).all()
         ):
             raise AdapterError(
-                f"`{self.path}` changes `{module}` and `{embedding}` differently, and the base stores one matrix for both: "
-                "untie the base first"
+                f"`{self.path}` changes `{module}` and `{embedding}` differently, and the base stores one matrix "
+                "for both: untie the base first"
             )
 
     def _term(self, target: str, module: str, embedding: bool, pair: Mapping[str, str]) -> LowRank:
@@ -146,7 +146,9 @@ class _Reader:
         return LowRank(self.weights, pair["B"], pair["A"], scale=scale, transposed=transposed)
 
     def _fans_out(self, target: str, pair: Mapping[str, str]) -> bool:
-        """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then tells."""
+        """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then
+        tells.
+        """
         if not self.config.get("fan_in_fan_out"):
             return False
         stored = self.base.checkpoint.info(target).shape
@@ -156,13 +158,17 @@ class _Reader:
         return stored != straight or stored[0] == stored[-1]
 
     def _pattern(self, setting: str, key: str, default: Any) -> Any:
-        """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the path, in the order of the file."""
+        """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the path, in the order of the
+        file.
+        """
         for pattern, value in (self.config.get(setting) or {}).items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", key):
                     return value
             except re.error as error:
-                raise AdapterError(f"`{self.path / CONFIG}`: `{pattern}` in {setting} is not a regex: {error}") from error
+                raise AdapterError(
+                    f"`{self.path / CONFIG}`: `{pattern}` in {setting} is not a regex: {error}"
+                ) from error
         return default
 
     def _equals_base(self, name: str, key: str) -> bool:
@@ -187,8 +193,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and CHANGED_BASE.fullmatch(init):
         raise AdapterError(
-            f"`{path}`: init_lora_weights is {init!r}, which changes the base at the start of training; convert the adapter "
-            "with PEFT first (`path_initial_model_for_weight_conversion`)"
+            f"`{path}`: init_lora_weights is {init!r}, which changes the base at the start of training; "
+            "convert the adapter with PEFT first (`path_initial_model_for_weight_conversion`)"
         )
     for setting in ("r", "lora_alpha"):
         value = config.get(setting, 8)

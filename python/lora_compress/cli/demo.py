@@ -1,0 +1,53 @@
+"""`lora-compress demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_compress.cli._console import PATH, common_options, print_json, print_table, size
+
+
+def _ranks(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+    try:
+        ranks = [int(item) for item in value.split(",")]
+    except ValueError:
+        ranks = []
+    if not ranks or min(ranks) < 1:
+        raise click.BadParameter("a comma-separated list of positive ranks is needed, such as 4,16,64")
+    return ranks
+
+
+@click.command("demo")
+@click.option("--ranks", default="4,16,48", show_default=True, callback=_ranks, help="Ranks to try.")
+@click.option("--keep", type=PATH, metavar="DIR", help="Keep the adapters and merged models in DIR.")
+@common_options
+def command(ranks: list[int], keep: Path | None, as_json: bool, quiet: bool) -> None:
+    """Extract, verify and merge on a real pair, and measure the loss that comes back.
+
+    The pair ships with this package: a byte-level Llama of 0.8 million parameters with a tied embedding, and a full
+    fine-tune of it on the Jargon File. The loss is measured on a part of that text which neither model was trained on.
+    """
+    from lora_compress.demo import run
+
+    result = run(ranks, keep=keep)
+    if as_json:
+        print_json(result.to_json())
+    elif not quiet:
+        rows = [["base", size(result.base.nbytes), f"{result.base.loss:.4f}", "", ""]]
+        for row in result.adapters:
+            recovered = (result.base.loss - row.loss) / (result.base.loss - result.tuned.loss)
+            rows.append(
+                [
+                    f"base + adapter, rank {row.rank}",
+                    size(row.nbytes),
+                    f"{row.loss:.4f}",
+                    f"{recovered:.1%}",
+                    f"{row.error:.3f}",
+                ]
+            )
+        rows.append(["tuned", size(result.tuned.nbytes), f"{result.tuned.loss:.4f}", "100.0%", "0.000"])
+        columns = ["model ", "bytes", "loss (nats/byte)", "of the gain", "‖ΔW − BA‖ / ‖ΔW‖"]
+        print_table(columns, rows, title="A full fine-tune as an adapter, extracted, verified and merged back")
+        click.echo(f"{result.seconds:.1f} s; every adapter verified as promised")

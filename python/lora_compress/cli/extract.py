@@ -1,0 +1,131 @@
+"""`lora-compress extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_compress.cli._console import PATH, command_line, common_options, print_json, print_table, progress, size, warn
+
+
+@click.command(
+    "extract",
+    epilog="""\b
+Examples:
+  lora-compress extract llama-8b/ my-finetune/ -o adapter/ --rank 32
+  lora-compress extract base/ tuned/ -o out/ --rank 16 --exclude 'embed_tokens|lm_head'
+  lora-compress extract base.safetensors tuned.safetensors -o out/ --rank 64 --json""",
+)
+@click.argument("base", type=PATH, required=False)
+@click.argument("tuned", type=PATH, required=False)
+@click.option("-o", "--out", "--out-path", "out", type=PATH, required=True, help="Directory to create.")
+@click.option(
+    "-r",
+    "--rank",
+    "--max-rank",
+    "rank",
+    type=click.IntRange(1),
+    required=True,
+    help="Rank of every matrix; smaller matrices get what they can use.",
+)
+@click.option("--decomposition", default="ab", show_default=True, help="See `lora-compress plugins list`.")
+@click.option("--format", "format_", default="peft", show_default=True, help="Format of the adapter.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["BF16", "F16", "F32"], case_sensitive=False),
+    default="BF16",
+    show_default=True,
+    help="Element type of the stored factors.",
+)
+@click.option(
+    "-i",
+    "--include",
+    "--include-regex",
+    "include",
+    multiple=True,
+    metavar="REGEX",
+    help="Only tensors whose name matches; repeatable.",
+)
+@click.option(
+    "-e",
+    "--exclude",
+    "--exclude-regex",
+    "exclude",
+    multiple=True,
+    metavar="REGEX",
+    help="Leave tensors out, they keep the base's values; repeatable.",
+)
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="REGEX",
+    help="Matrices that are embeddings although their name does not say so.",
+)
+@click.option("--skip-missing", is_flag=True, help="Go on when one side lacks tensors.")
+@click.option(
+    "--tied-head/--no-tied-head",
+    default=True,
+    help="Store a tied embedding's factors for the output head too.  [default: tied-head]",
+)
+@click.option(
+    "--base-name", metavar="NAME", help="What the adapter calls its base, such as a Hub id.  [default: BASE as given]"
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Same inputs and seed, same bytes."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    default=1e-4,
+    show_default=True,
+    help="Error above the best of its rank that each matrix may have, relatively.",
+)
+@click.option("--model", "model_option", type=PATH, hidden=True)
+@click.option("--base-model", "base_option", type=PATH, hidden=True)
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@common_options
+def command(
+    base: Path | None,
+    tuned: Path | None,
+    format_: str,
+    model_option: Path | None,
+    base_option: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Extract an adapter that turns BASE into TUNED.
+
+    BASE and TUNED are safetensors files, or directories with `model.safetensors` or a shard index. Every matrix becomes
+    a pair of factors of the given rank, the best pair there is; norms, biases and new vocabulary rows go to a side file
+    that `lora-compress merge` applies and servers ignore; unchanged tensors cost nothing.
+
+    The flags of mergekit-extract-lora mean the same here: --model, --base-model, --out-path, --max-rank, -i, -e.
+    """
+    # `--model TUNED --base-model BASE` is mergekit's way to say the same.
+    if base_option is not None and model_option is not None and base is None:
+        base, tuned = base_option, model_option
+    if base is None or tuned is None or (base_option is not None) != (model_option is not None):
+        raise click.UsageError("both BASE and TUNED are needed")
+    from lora_compress.verbs.extract import extract
+
+    with progress(quiet=quiet or as_json) as bar:
+        result = extract(base, tuned, format=format_, command=command_line(), progress=bar, **options)
+    warn(result.warnings)
+    if as_json:
+        print_json(result.to_json())
+    elif not quiet:
+        totals = result.to_json()["totals"]
+        rows = [
+            [row["treatment"], f"{row['tensors']}", f"{row['share']:.2%}", size(row["bytes"])]
+            for row in totals["treatments"]
+        ]
+        print_table(["treatment ", "tensors", "share of ‖ΔW‖²", "bytes"], rows)
+        share = result.adapter_bytes / max(result.tuned_bytes, 1)
+        click.echo(
+            f"{result.out}: {size(result.adapter_bytes)} ({share:.2%} of the tuned model), "
+            f"relative error {result.error:.4f}, {result.seconds:.1f} s"
+        )

@@ -1,0 +1,59 @@
+"""`lora-compress inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_compress.cli._console import PATH, common_options, print_json, print_table, size
+
+
+@click.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  lora-compress inspect model/
+  lora-compress inspect adapter/ --tensors
+  lora-compress inspect model.safetensors --json""",
+)
+@click.argument("path", type=PATH)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@common_options
+def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
+    """Say what PATH is: a safetensors file, a model directory, or an adapter. Reads headers only."""
+    from lora_compress.verbs.inspect import inspect
+
+    result = inspect(path)
+    if as_json:
+        print_json(result.to_json())
+        return
+    if quiet:
+        return
+    if tensors:
+        rows = [[t.name, t.dtype, "×".join(map(str, t.shape)), size(t.nbytes), t.shard] for t in result.tensors]
+        print_table(["tensor ", "dtype ", "shape", "size", "file "], rows)
+    facts = [
+        ("kind", result.kind),
+        ("files", str(len(result.files))),
+        ("tensors", str(len(result.tensors))),
+        ("parameters", f"{result.parameters:,}"),
+        ("size", size(result.nbytes)),
+        ("dtypes", ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in result.dtypes.items())),
+    ]
+    if result.kind == "adapter":
+        config = result.config
+        facts += [
+            ("base", str(config.get("base_model_name_or_path"))),
+            ("rank", f"{config.get('r')} ({len(config.get('rank_pattern') or {})} modules differ)"),
+            ("alpha", str(config.get("lora_alpha"))),
+        ]
+        if result.manifest:
+            totals = result.manifest.get("totals", {})
+            facts.append(("error", f"{totals.get('error', 0.0):.4f}, made from {result.manifest.get('tuned')}"))
+    else:
+        facts.append(("model", str((result.config.get("architectures") or ["unknown"])[0])))
+        if result.tied_embedding:
+            facts.append(("tied head", f"shares {result.tied_embedding}"))
+    for name, value in facts:
+        click.echo(f"{name:<12}{value}")
