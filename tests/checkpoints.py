@@ -42,7 +42,7 @@ def save(folder: Path, tensors: Tensors, config: Mapping[str, Any], *, shards: i
 def load(folder: Path) -> Tensors:
     """All tensors of a model directory or file."""
     if folder.is_file():
-        return load_file(folder)
+        return dict(load_file(folder))
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 

@@ -30,7 +30,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def pair(tmp_path: Path, rng: np.random.Generator) -> Pair:
-    """A tiny Llama-shaped BF16 model in two shards, and a full fine-tune of it (every tensor but one layer's changed)."""
+    """A tiny Llama-shaped BF16 model in two shards, and a full fine-tune of all but its second layer."""
     base, config = tiny_llama(rng)
     unchanged = {name for name in base if ".layers.1." in name}
     save(tmp_path / "base", base, config, shards=2)

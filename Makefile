@@ -1,0 +1,96 @@
+# Everything that a person, a hook or CI runs. `make help` lists it.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+# Downloads and the PyTorch environment are shared between clones.
+CACHE ?= $(or $(LORA_COMPRESS_CACHE),$(HOME)/.cache/lora-compress)
+BIN := .venv/bin
+TORCH_ENV := $(CACHE)/torch-env
+NATIVE := python/lora_compress/_native.abi3.so
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+.PHONY: help
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or later is needed' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { echo 'the venv module is missing (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet 'maturin>=1.9.4,<2' click numpy pluggy rich
+	touch $@
+
+$(NATIVE): .venv/ready $(RUST_SOURCES)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release --quiet
+	touch $@
+
+.venv/dev: .venv/ready
+	$(BIN)/pip install --quiet --group lint --group test
+	touch $@
+
+# PyTorch is large: one environment for all clones, made again when its requirements change. `flock` keeps two clones apart.
+TORCH_KEY := $(shell sha256sum pyproject.toml | cut -c1-16)
+$(TORCH_ENV)/ready-$(TORCH_KEY): pyproject.toml
+	mkdir -p $(CACHE)
+	flock $(CACHE)/torch-env.lock bash -c '$(PYTHON) -m venv $(TORCH_ENV) && \
+	  $(TORCH_ENV)/bin/pip install --quiet --upgrade "pip>=25.1" && \
+	  $(TORCH_ENV)/bin/pip install --quiet --group test --group torch click numpy pluggy rich && touch $@'
+
+.PHONY: build
+build: $(NATIVE)  ## Build the compiled core into a virtual environment (.venv)
+
+.PHONY: demo
+demo: build  ## Extract, verify and merge on a real pair, and print what comes back
+	$(BIN)/lora-compress demo
+
+.PHONY: test
+test: lint test-rust test-python test-torch  ## Lint and run all tests
+
+.PHONY: lint
+lint: lint-rust lint-python  ## Formats, linters, types, stubs, dependency directions
+
+.PHONY: lint-rust
+lint-rust:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --package lora-compress-core --no-deps --document-private-items --quiet
+
+.PHONY: lint-python
+lint-python: build .venv/dev
+	$(BIN)/ruff format --check --quiet python tests tools benchmarks
+	$(BIN)/ruff check --quiet python tests tools benchmarks
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest lora_compress._native
+	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+.PHONY: test-rust
+test-rust:  ## Rust tests: properties against f64 references, files, doctests
+	cargo test --package lora-compress-core --quiet
+
+.PHONY: test-python
+test-python: build .venv/dev  ## Python tests that need no PyTorch (HYPOTHESIS_PROFILE=slow searches longer)
+	$(BIN)/python -m pytest -q -m 'not torch'
+
+.PHONY: test-torch
+test-torch: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Tests with PyTorch, transformers and PEFT, on real weights
+	PYTHONPATH=python LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch
+
+.PHONY: bench
+bench: build .venv/dev  ## Measure extraction on a Llama-8B-shaped pair against the exact SVD and the machine's limits
+	$(BIN)/python benchmarks/extract.py --work $(CACHE)/bench
+
+.PHONY: format
+format: .venv/dev  ## Format Rust and Python
+	cargo fmt --all
+	$(BIN)/ruff format --quiet python tests tools benchmarks
+	$(BIN)/ruff check --quiet --fix python tests tools benchmarks
+
+.PHONY: help-check
+help-check: build  ## Time `lora-compress --help`
+	@for i in 1 2 3 4 5; do /usr/bin/env time -f '%e s' $(BIN)/lora-compress --help 2>&1 >/dev/null | tail -1; done
+
+.PHONY: clean
+clean:  ## Remove what was built here (not the shared cache)
+	rm -rf .venv target $(NATIVE)
