@@ -17,6 +17,7 @@ Jargon File that neither training saw (`heldout.txt`).
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def batches(text: bytes, steps: int, batch: int, seed: int):
+def batches(text: bytes, steps: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -50,11 +51,11 @@ def batches(text: bytes, steps: int, batch: int, seed: int):
         yield torch.stack([data[start : start + CONTEXT] for start in starts])
 
 
-@torch.no_grad()
 def heldout_loss(model: LlamaForCausalLM, text: bytes) -> float:
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    return model.eval()(windows, labels=windows).loss.item()
+    with torch.no_grad():
+        return float(model.eval()(windows, labels=windows).loss)
 
 
 def train(
