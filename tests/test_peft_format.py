@@ -145,7 +145,7 @@ def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path, rng: np.ra
         (head, {"r": 3}, "gives `head` the rank 3"),
         (head, {"r": 0}, "r is 0"),
         (head, {"lora_alpha": "8"}, "lora_alpha is '8'"),
-        (head, {"rank_pattern": {"(": 2}}, "is not a regex"),
+        (head, {"rank_pattern": {"(": 2}}, "is not a regular expression"),
         (head, {"rank_pattern": ["head"]}, "rank_pattern does not map"),
         ({"head.lora_A.weight": head["head.lora_A.weight"]}, {}, "but not the other factor"),
         (factors(rng, "ghost", 4, 5), {}, "no `ghost.weight`"),

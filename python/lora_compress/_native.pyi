@@ -21,9 +21,10 @@ __all__ = [
     "Writer",
     "__version__",
     "compare",
-    "is_unchanged",
+    "first_match",
     "merge_shard",
     "round_to",
+    "same_bytes",
     "set_threads",
 ]
 __version__: str
@@ -126,7 +127,8 @@ class Comparison:
     @property
     def new_rows_equal(self) -> bool: ...
 
-def is_unchanged(base: Checkpoint, tuned: Checkpoint, name: str) -> bool: ...
+def first_match(patterns: Sequence[str], name: str) -> int | None: ...
+def same_bytes(checkpoint: Checkpoint, other: Checkpoint, name: str, other_name: str | None = None) -> bool: ...
 def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]: ...
 def merge_shard(
     base: Checkpoint,

@@ -55,6 +55,12 @@ class Model:
         return cls(path, checkpoint, read_json(folder / CONFIG))
 
     @property
+    def architecture(self) -> str:
+        """First of the configuration's `architectures`, empty where there is none."""
+        architectures = self.config.get("architectures")
+        return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+    @property
     def model_type(self) -> str:
         """`model_type` of the configuration, empty where there is none."""
         return str(self.config.get("model_type", ""))
@@ -69,8 +75,7 @@ class Model:
         A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where
         a head is stored too needs no care here: both tensors then have a delta of their own.
         """
-        architectures = self.config.get("architectures") or [""]
-        if not str(architectures[0]).endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
+        if not self.architecture.endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
             return None
         inputs = [name for name in names(self.checkpoint) if last_component(name) in {"embed_tokens", "wte", "shared"}]
         return inputs[0] if len(inputs) == 1 else None

@@ -52,7 +52,7 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
             totals = result.manifest.get("totals", {})
             facts.append(("error", f"{totals.get('error', 0.0):.4f}, made from {result.manifest.get('tuned')}"))
     else:
-        facts.append(("model", str((result.config.get("architectures") or ["unknown"])[0])))
+        facts.append(("model", result.architecture or "unknown"))
         if result.tied_embedding:
             facts.append(("tied head", f"shares {result.tied_embedding}"))
     for name, value in facts:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_compress import plugins
-from lora_compress._native import Delta, __version__, is_unchanged, round_to
+from lora_compress._native import Delta, __version__, round_to, same_bytes
 from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError, TensorError
@@ -159,7 +159,7 @@ def extract(
         if not any(account.nbytes for account in accounts):
             raise SelectionError(f"`{tuned}` does not differ from `{base}` in any tensor that is not excluded")
         side_file.write_exact(partial_out, tuned_model.checkpoint, changed)
-        if any(pair.new_rows for pair in changed):
+        if any(account.new_rows for account in accounts):
             _copy_tokenizer(tuned_model, partial_out)
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -167,7 +167,7 @@ def extract(
             "base": plan.base_name,
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract(rank={rank})",
-            "causal_lm": "CausalLM" in str(base_model.config.get("architectures")),
+            "causal_lm": base_model.architecture.endswith("ForCausalLM"),
             "rank": rank,
             "decomposition": method.name,
             "format": target.name,
@@ -202,7 +202,7 @@ def _compare(base: Model, tuned: Model, pairs: Sequence[Pair], progress: Progres
     compared = []
 
     def job(pair: Pair) -> bool:
-        return is_unchanged(base.checkpoint, tuned.checkpoint, pair.name)
+        return same_bytes(base.checkpoint, tuned.checkpoint, pair.name)
 
     for pair, same in ordered_map(job, pairs, lambda _: 1):
         if same:

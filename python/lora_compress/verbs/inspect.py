@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_compress import plugins
 from lora_compress._native import Checkpoint, TensorInfo
-from lora_compress.formats.peft.layout import CONFIG as ADAPTER_CONFIG
-from lora_compress.formats.peft.layout import WEIGHTS
 from lora_compress.model import Model, read_json
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.side_file import read_manifest
@@ -25,6 +24,7 @@ class InspectResult:
     tensors: tuple[TensorInfo, ...]
     config: dict[str, Any]
     manifest: dict[str, Any]
+    architecture: str = ""
     tied_embedding: str | None = None
 
     @property
@@ -69,13 +69,16 @@ def inspect(path: str | Path) -> InspectResult:
     does.
     """
     path = Path(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        weights = Checkpoint(path / WEIGHTS)
-        config, manifest = read_json(path / ADAPTER_CONFIG), read_manifest(path)
-        return InspectResult(path, "adapter", tuple(weights.shards), tuple(weights.tensors()), config, manifest)
+    if any(form.recognises(path) for form in plugins.load().formats):
+        files = sorted(path.glob("*.safetensors"))
+        tensors = [tensor for file in files for tensor in Checkpoint(file).tensors()]
+        config, manifest = read_json(path / "adapter_config.json"), read_manifest(path)
+        return InspectResult(path, "adapter", tuple(files), tuple(tensors), config, manifest)
     model = Model.open(path)
-    files, tensors = tuple(model.checkpoint.shards), tuple(model.checkpoint.tensors())
-    return InspectResult(path, "checkpoint", files, tensors, model.config, {}, model.tied_embedding())
+    shards, stored = tuple(model.checkpoint.shards), tuple(model.checkpoint.tensors())
+    return InspectResult(
+        path, "checkpoint", shards, stored, model.config, {}, model.architecture, model.tied_embedding()
+    )
 
 
 def _elements(tensor: TensorInfo) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lora_compress._native import TensorInfo
+from lora_compress._native import TensorInfo, same_bytes
 from lora_compress.errors import SelectionError
 from lora_compress.model import HEAD, WEIGHT, Model
 
@@ -139,15 +139,7 @@ def _is_tied_copy(name: str, base: Model, tuned: Model) -> bool:
     embedding = other.tied_embedding()
     if embedding is None or embedding not in holder.checkpoint:
         return False
-    head, shared = holder.checkpoint.info(name), holder.checkpoint.info(embedding)
-    if (head.dtype, head.shape) != (shared.dtype, shared.shape):
-        return False
-    step = 8 << 20
-    return all(
-        holder.checkpoint.read_bytes(name, begin, min(step, head.nbytes - begin))
-        == holder.checkpoint.read_bytes(embedding, begin, min(step, head.nbytes - begin))
-        for begin in range(0, head.nbytes, step)
-    )
+    return same_bytes(holder.checkpoint, holder.checkpoint, name, embedding)
 
 
 def _some(names: Sequence[str]) -> str:

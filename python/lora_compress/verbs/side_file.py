@@ -28,7 +28,11 @@ WHOLE, ROWS = "exact:", "new_rows:"
 
 def write_exact(adapter: Path, tuned: Checkpoint, pairs: Sequence[Pair]) -> None:
     """Store the tensors with treatment exact, and the new rows of any tensor, from `tuned`."""
-    stored = [pair for pair in pairs if pair.treatment is Treatment.EXACT or pair.new_rows]
+    stored = [
+        pair
+        for pair in pairs
+        if pair.treatment is Treatment.EXACT or (pair.treatment is Treatment.LOW_RANK and pair.new_rows)
+    ]
     if not stored:
         return
     (adapter / FOLDER).mkdir(exist_ok=True)
@@ -59,7 +63,17 @@ def read_manifest(adapter: Path) -> dict[str, Any]:
             f"`{adapter / FOLDER / MANIFEST}` has schema version {version!r}, this release reads "
             f"{SCHEMA_VERSION}: upgrade"
         )
+    rows = manifest.get("tensors", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_row(row) for row in rows):
+        raise AdapterError(
+            f"`{adapter / FOLDER / MANIFEST}` is not a manifest of this package: its tensors are malformed"
+        )
     return manifest
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    error = row.get("error_energy")
+    return isinstance(row.get("name"), str) and (error is None or isinstance(error, int | float))
 
 
 def with_side_file(adapter: Adapter) -> Adapter:

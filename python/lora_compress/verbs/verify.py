@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Comparison, Update, compare
+from lora_compress._native import Comparison, Update, compare, same_bytes
 from lora_compress.adapter import Adapter
 from lora_compress.model import Model, names
 from lora_compress.verbs.account import SCHEMA_VERSION, relative
@@ -117,8 +117,8 @@ def verify(
 ) -> VerifyResult:
     """Compare base + adapter with tuned.
 
-    Tensors that only one model has, or whose dtype has no arithmetic, are listed as unchecked (integers are compared by
-    extraction, byte for byte). Raises as `merge` does.
+    Tensors that only one model has, or that differ although their dtype has no arithmetic, are listed as unchecked.
+    Raises as `merge` does.
     """
     started = time.perf_counter()
     base_model, tuned_model = Model.open(base), Model.open(tuned)
@@ -127,7 +127,8 @@ def verify(
     promised = {str(row["name"]): row for row in manifest.get("tensors", [])}
     ours, theirs = names(base_model.checkpoint), set(names(tuned_model.checkpoint))
     checkable = [name for name in ours if name in theirs and _is_comparable(base_model, tuned_model, parts, name)]
-    unchecked = sorted((set(ours) | theirs) - set(checkable))
+    equal = {name for name in ours if name in theirs and _is_equal(base_model, tuned_model, parts, name)}
+    unchecked = sorted((set(ours) | theirs) - set(checkable) - equal)
     progress = progress or Silent()
     sizes = {name: base_model.checkpoint.info(name).nbytes for name in checkable}
     progress.begin("verifying", sum(sizes.values()), len(checkable))
@@ -150,6 +151,14 @@ def _is_comparable(base: Model, tuned: Model, adapter: Adapter, name: str) -> bo
         checkpoint, key = adapter.new_rows[name]
         shape[0] += checkpoint.info(key).shape[0]
     return {ours.dtype, theirs.dtype} <= FLOATS and shape == list(theirs.shape)
+
+
+def _is_equal(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:
+    """Whether a tensor whose dtype has no arithmetic is, merged, equal to tuned's."""
+    if base.checkpoint.info(name).dtype in FLOATS or name in adapter.new_rows:
+        return False
+    checkpoint, key = adapter.replacements.get(name, (base.checkpoint, name))
+    return same_bytes(tuned.checkpoint, checkpoint, name, key)
 
 
 def _check(name: str, comparison: Comparison, promise: dict[str, Any] | None) -> TensorCheck:

@@ -171,12 +171,13 @@ impl Delta {
     }
 }
 
-/// Whether the tensor has the same dtype, shape and bytes on both sides.
+/// Whether two stored tensors have the same dtype, shape and bytes.
 ///
 /// # Errors
 /// [`Error::TensorMissing`], [`Error::Io`].
-pub fn is_unchanged(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<bool> {
-    let (left, right) = (base.info(name)?, tuned.info(name)?);
+pub fn same_bytes(left: (&Checkpoint, &str), right: (&Checkpoint, &str)) -> Result<bool> {
+    let ((our_file, our_name), (their_file, their_name)) = (left, right);
+    let (left, right) = (our_file.info(our_name)?, their_file.info(their_name)?);
     if left.dtype != right.dtype || left.shape != right.shape {
         return Ok(false);
     }
@@ -186,8 +187,8 @@ pub fn is_unchanged(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result
     while begin < left.nbytes {
         let len = chunk.min((left.nbytes - begin) as usize);
         let (ours, theirs) = (&mut ours[..len], &mut theirs[..len]);
-        base.read_bytes(name, begin, ours)?;
-        tuned.read_bytes(name, begin, theirs)?;
+        our_file.read_bytes(our_name, begin, ours)?;
+        their_file.read_bytes(their_name, begin, theirs)?;
         if ours != theirs {
             return Ok(false);
         }

@@ -117,6 +117,13 @@ pub enum Error {
         dtype: Dtype,
     },
 
+    /// A pattern of module names cannot be used.
+    #[error("`{pattern}` is not a regular expression that can be matched in linear time")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+    },
+
     /// A dense factorisation did not converge (LAPACK would call it `info > 0`).
     #[error("the {what} of a {rows}x{cols} matrix did not converge")]
     NoConvergence {

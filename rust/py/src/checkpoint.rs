@@ -34,6 +34,28 @@ pub struct TensorInfo {
     shard: String,
 }
 
+/// Whether two stored tensors have the same dtype, shape and bytes; `other_name` is `name` if not said otherwise.
+#[pyfunction]
+#[pyo3(signature = (checkpoint, other, name, other_name=None))]
+pub fn same_bytes(
+    py: Python<'_>,
+    checkpoint: &Checkpoint,
+    other: &Checkpoint,
+    name: &str,
+    other_name: Option<&str>,
+) -> PyResult<bool> {
+    gate::run(py, || core::same_bytes((&checkpoint.inner, name), (&other.inner, other_name.unwrap_or(name))))
+}
+
+/// Index of the first of PEFT's module patterns that matches the end of `name`, or None. Linear in the length of both.
+///
+/// Raises `LoraCompressError` for a pattern that is no regular expression or could not be matched in linear time.
+#[pyfunction]
+pub fn first_match(patterns: Vec<String>, name: &str) -> PyResult<Option<usize>> {
+    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+    core::first_match(&patterns, name).map_err(crate::error::to_python)
+}
+
 #[pymethods]
 impl TensorInfo {
     fn __repr__(&self) -> String {

@@ -121,12 +121,6 @@ impl Delta {
     }
 }
 
-/// Whether a tensor has the same dtype, shape and bytes in both checkpoints.
-#[pyfunction]
-pub fn is_unchanged(py: Python<'_>, base: &Checkpoint, tuned: &Checkpoint, name: &str) -> PyResult<bool> {
-    gate::run(py, || core::is_unchanged(&base.inner, &tuned.inner, name))
-}
-
 /// float32 values rounded to `dtype` ("BF16", "F16", "F32") and back: what a file of that dtype would hold.
 #[pyfunction]
 pub fn round_to<'py>(

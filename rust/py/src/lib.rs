@@ -22,7 +22,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<merge::LowRank>()?;
     module.add_class::<merge::Update>()?;
     module.add_class::<merge::Comparison>()?;
-    module.add_function(wrap_pyfunction!(delta::is_unchanged, module)?)?;
+    module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
+    module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(merge::compare, module)?)?;

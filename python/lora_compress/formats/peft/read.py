@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Checkpoint, LowRank
+from lora_compress._native import Checkpoint, LowRank, first_match, same_bytes
 from lora_compress.adapter import Adapter, Stored
-from lora_compress.errors import AdapterError
+from lora_compress.errors import AdapterError, LoraCompressError
 from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS
 from lora_compress.model import HEAD, WEIGHT, Model, read_json
 
@@ -78,7 +78,8 @@ class _Reader:
         for name, key in self.whole.items():
             if name not in self.base.checkpoint:
                 raise AdapterError(f"`{self.path}` replaces `{name}`, which `{self.base.path}` does not have")
-            if not self._equals_base(name, key):
+            # PEFT saves targeted embeddings along with their factors: a copy of the base's changes nothing.
+            if not same_bytes(self.base.checkpoint, self.weights, name, key):
                 replacements[name] = (self.weights, key)
         return Adapter(self.path, low_rank=low_rank, replacements=replacements, warnings=self.warnings)
 
@@ -161,27 +162,12 @@ class _Reader:
         """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the path, in the order of the
         file.
         """
-        for pattern, value in (self.config.get(setting) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", key):
-                    return value
-            except re.error as error:
-                raise AdapterError(
-                    f"`{self.path / CONFIG}`: `{pattern}` in {setting} is not a regex: {error}"
-                ) from error
-        return default
-
-    def _equals_base(self, name: str, key: str) -> bool:
-        """Whether a stored weight repeats the base's (PEFT saves targeted embeddings along with their factors)."""
-        ours, theirs = self.base.checkpoint.info(name), self.weights.info(key)
-        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-            return False
-        step = 8 << 20
-        return all(
-            self.base.checkpoint.read_bytes(name, begin, min(step, ours.nbytes - begin))
-            == self.weights.read_bytes(key, begin, min(step, ours.nbytes - begin))
-            for begin in range(0, ours.nbytes, step)
-        )
+        patterns = self.config.get(setting) or {}
+        try:
+            index = first_match(list(patterns), key)
+        except LoraCompressError as error:
+            raise AdapterError(f"`{self.path / CONFIG}`: {setting}: {error}") from error
+        return default if index is None else list(patterns.values())[index]
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -197,10 +183,22 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             "convert the adapter with PEFT first (`path_initial_model_for_weight_conversion`)"
         )
     for setting in ("r", "lora_alpha"):
-        value = config.get(setting, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or (setting == "r" and value <= 0):
-            raise AdapterError(f"`{path}`: {setting} is {value!r}")
+        _check_number(path, setting, config.get(setting, 8), whole=setting == "r")
     for setting in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(setting) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(value, int | float) for value in pattern.values()):
+        if not isinstance(pattern, dict):
             raise AdapterError(f"`{path}`: {setting} does not map names to numbers")
+        for name, value in pattern.items():
+            _check_number(path, f"{setting} of `{name}`", value, whole=setting == "rank_pattern")
+    for setting in ("target_parameters",):
+        if not isinstance(config.get(setting) or [], list):
+            raise AdapterError(f"`{path}`: {setting} is not a list")
+
+
+def _check_number(path: Path, setting: str, value: object, *, whole: bool) -> None:
+    """Ranks are positive integers; alphas may be any number that a float can hold."""
+    good = (
+        isinstance(value, int) and 0 < value < 2**31 if whole else isinstance(value, int | float) and abs(value) < 1e30
+    )
+    if isinstance(value, bool) or not good:
+        raise AdapterError(f"`{path}`: {setting} is {value!r}")

@@ -70,13 +70,12 @@ class PeftWriter:
         rank = max(self._ranks.values(), default=1)
         pattern = {"^" + re.escape(name): r for name, r in self._ranks.items() if r != rank}
         modules = [name for name in self._ranks if name not in self._parameters]
-        architecture = str((self._plan.base.config.get("architectures") or [""])[0])
         return {
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
             "base_model_name_or_path": self._plan.base_name,
             "revision": None,
-            "task_type": "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
+            "task_type": "CAUSAL_LM" if self._plan.base.architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
             "inference_mode": True,
             "r": rank,
             # alpha = r for every module, with and without the patterns: the scale is 1 for every reader.
