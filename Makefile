@@ -63,7 +63,7 @@ lint-python: build .venv/dev
 	$(BIN)/ruff check --quiet python tests tools benchmarks
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest lora_compress._native
-	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/lint-imports
 
 .PHONY: test-rust
 test-rust:  ## Rust tests: properties against f64 references, files, doctests

@@ -53,8 +53,7 @@ struct Triplets {
 
 /// The leading `rank` singular triplets of `delta`.
 ///
-/// Exact (f64) for narrow matrices and for ranks near the full one; otherwise the adaptive block Lanczos iteration of
-/// [`lanczos`]. The same delta, options and build give the same bits on any number of threads.
+/// Exact (f64) for narrow matrices and for ranks near the full one; otherwise adaptive block Lanczos (`lanczos.rs`). The same delta, options and build give the same bits on any number of threads.
 ///
 /// # Errors
 /// [`crate::Error::NoConvergence`] when the dense factorisation inside fails.
