@@ -23,7 +23,7 @@ help:  ## List the targets
 	touch $@
 
 $(NATIVE): .venv/ready $(RUST_SOURCES)
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release --quiet
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release --quiet >/dev/null
 	touch $@
 
 .venv/dev: .venv/ready

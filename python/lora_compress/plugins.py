@@ -109,7 +109,7 @@ class Plugins:
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin `{_name_of(self._manager, error.plugin)}`: {error}") from error
+            raise PluginError(f"plugin `{_name_of(self._manager, error.plugin)}`: {_one_line(error)}") from error
         self._collect("register_decompositions", self.decompositions.add)
         self._collect("register_formats", self.formats.add)
 
@@ -128,7 +128,7 @@ class Plugins:
         try:
             self._manager.register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(f"plugin `{name}`: {error}") from error
+            raise PluginError(f"plugin `{name}`: {_one_line(error)}") from error
         self._distributions[name] = (distribution, version)
 
     def _collect(self, hook: str, add: Callable[[Any, str], None]) -> None:
@@ -170,6 +170,10 @@ def load() -> Plugins:
 def _entry_points() -> list[metadata.EntryPoint]:
     found = metadata.entry_points(group=hookspecs.PROJECT)
     return sorted(found, key=lambda entry: (entry.dist.name if entry.dist else "", entry.name))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _name_of(manager: pluggy.PluginManager, plugin: object) -> str:

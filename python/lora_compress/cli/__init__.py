@@ -94,10 +94,6 @@ def _run(args: list[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted, nothing was written", err=True)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more when it flushes stdout at exit.
-        sys.stdout = None
-        return 128 + signal.SIGPIPE
     except Exception as error:
         message = _explain(error)
         if message is None:

@@ -1,0 +1,232 @@
+"""The command line, driven as a user drives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lora_compress import cli
+from safetensors.numpy import load_file, save_file
+
+from tests.checkpoints import save, tiny_llama, tuned_from
+from tests.conftest import Pair
+
+COMMAND = [sys.executable, "-m", "lora_compress"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli._run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_whole_way(run: Any, pair: Pair, tmp_path: Path) -> None:
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    code, text, errors = run("extract", *pair, "-o", out, "--rank", 4)
+    assert (code, errors) == (0, "")
+    for word in ("low-rank", "exact", "unchanged", "relative error", str(out)):
+        assert word in text
+    code, text, errors = run("verify", *pair, out)
+    assert (code, errors) == (0, "")
+    assert "as promised by extraction" in text
+    assert run("merge", pair[0], out, "-o", merged)[0] == 0
+    code, text, _ = run("inspect", merged, "--tensors")
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj.weight" in text
+    code, text, _ = run("inspect", out)
+    assert "rank        4" in text
+
+
+def test_json_is_one_object_and_nothing_else(run: Any, pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    commands: list[list[object]] = [
+        ["extract", *pair, "-o", out, "--rank", 4, "--json"],
+        ["verify", *pair, out, "--json"],
+        ["merge", pair[0], out, "-o", tmp_path / "merged", "--json"],
+        ["inspect", out, "--json"],
+        ["inspect", pair[0], "--json"],
+        ["plugins", "list", "--json"],
+    ]
+    for command in commands:
+        code, text, errors = run(*command)
+        assert (code, errors) == (0, ""), command
+        assert json.loads(text)["schema_version"] == 1
+
+
+def test_the_demo_recovers_more_at_higher_rank(run: Any, tmp_path: Path) -> None:
+    code, text, _ = run("demo", "--ranks", "4,48", "--keep", tmp_path / "kept", "--json")
+    assert code == 0
+    result = json.loads(text)
+    losses = [result["base"]["loss"], *(row["loss"] for row in result["adapters"]), result["tuned"]["loss"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == pytest.approx(1.8708, abs=5e-5), "the README shows these"
+    assert result["adapters"][1]["loss"] == pytest.approx(1.5548, abs=5e-4)
+    assert (tmp_path / "kept" / "merged-r48" / "model.safetensors").exists()
+    assert run("demo", "--ranks", "4,x")[0] == 2
+
+
+def test_mergekits_flags_mean_the_same(run: Any, pair: Pair, tmp_path: Path) -> None:
+    base, tuned = pair
+    assert run("extract", "--model", tuned, "--base-model", base, "--out-path", tmp_path / "a", "--max-rank", 3)[0] == 0
+    assert run("extract", base, tuned, "-o", tmp_path / "b", "--rank", 3)[0] == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    assert run("extract", "--model", tuned, "-o", tmp_path / "c", "-r", 1)[0] == cli.EXIT_USAGE
+
+
+def test_quiet_says_nothing(run: Any, pair: Pair, tmp_path: Path) -> None:
+    assert run("extract", *pair, "-o", tmp_path / "out", "--rank", 4, "--quiet") == (0, "", "")
+    assert run("verify", *pair, tmp_path / "out", "--quiet") == (0, "", "")
+    assert run("merge", pair[0], tmp_path / "out", "-o", tmp_path / "merged", "--quiet") == (0, "", "")
+
+
+def test_a_users_mistake_is_one_line_that_names_it(run: Any, pair: Pair, tmp_path: Path) -> None:
+    base, tuned = pair
+    out, broken = tmp_path / "out", tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\xff" * 32)
+    assert run("extract", base, tuned, "-o", out, "-r", 2, "-q")[0] == 0
+    other, _ = tiny_llama(np.random.default_rng(1), hidden=12)
+    save(tmp_path / "other", {name.replace("model.", "x."): value for name, value in other.items()}, {})
+    mistakes: list[tuple[list[object], str]] = [
+        (["inspect", tmp_path / "none"], "none`: No such file"),
+        (["inspect", "some-org/some-model"], "hf download"),
+        (["inspect", broken], "broken.safetensors` is not a valid safetensors file"),
+        (["extract", base, broken, "-o", tmp_path / "x", "-r", 2], "broken.safetensors"),
+        (["extract", base, tuned, "-o", out, "-r", 2], "exists and is not empty"),
+        (["extract", base, tuned, "-o", tmp_path / "x", "-r", 2, "-e", "zzz"], "`zzz` matches no tensor"),
+        (["extract", base, tuned, "-o", tmp_path / "x", "-r", 2, "--decomposition", "no"], "no decomposition `no`"),
+        (["merge", base, tmp_path, "-o", tmp_path / "x"], "not an adapter of any known format"),
+        (["merge", tmp_path / "other", out, "-o", tmp_path / "x"], "is it an adapter of another base?"),
+        (["verify", base, tuned, tmp_path / "nowhere"], "nowhere"),
+    ]
+    for arguments, message in mistakes:
+        code, text, errors = run(*arguments)
+        assert (code, text) == (1, ""), arguments
+        assert errors.startswith("error: "), arguments
+        assert message in errors, arguments
+        assert errors.count("\n") == 1, arguments
+    assert not (tmp_path / "x").exists()
+
+
+def test_wrong_usage_exits_with_2(run: Any, pair: Pair, tmp_path: Path) -> None:
+    for arguments in (
+        ["extract", *pair, "-o", tmp_path / "x"],
+        ["extract", *pair, "-o", tmp_path / "x", "--rank", 0],
+        ["extract", pair[0], "-o", tmp_path / "x", "--rank", 1],
+        ["extract", *pair, "-o", tmp_path / "x", "--rank", 1, "--dtype", "int4"],
+        ["merge", pair[0], "-o", tmp_path / "x"],
+        ["merge", pair[0], tmp_path, "-o", tmp_path / "x.safetensors"],
+        ["frobnicate"],
+    ):
+        code, text, errors = run(*arguments)
+        assert (code, text) == (cli.EXIT_USAGE, ""), arguments
+        assert "Error: " in errors
+
+
+def test_a_tampered_adapter_exits_with_3(run: Any, pair: Pair, tmp_path: Path) -> None:
+    run("extract", *pair, "-o", tmp_path / "out", "--rank", 4)
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    factors: dict[str, Any] = load_file(path)
+    key = "base_model.model.lm_head.lora_B.weight"
+    factors[key] = factors[key] * factors[key].dtype.type(2)
+    save_file(factors, path)
+    code, text, errors = run("verify", *pair, tmp_path / "out")
+    assert code == cli.EXIT_PROMISE_BROKEN
+    assert "1 not as promised" in text
+    assert "warning: `lm_head.weight`: its error is" in errors
+
+
+def test_every_command_teaches_by_example(run: Any) -> None:
+    assert run("--version")[1].startswith("lora-compress 0.")
+    overview = run("--help")[1]
+    for name in cli.COMMANDS:
+        assert name in overview
+        code, text, _ = run(name, "--help")
+        assert code == 0
+        assert ("Examples:" in text) == (name not in {"plugins", "demo"})
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    from lora_compress.verbs import inspect
+
+    def bug(path: Path) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(inspect, "inspect", bug)
+    with pytest.raises(RuntimeError, match="bug"):
+        cli._run(["inspect", str(pair[0])])
+
+
+def test_help_is_as_wide_as_what_it_shows_and_piped_tables_are_whole(pair: Pair) -> None:
+    result = subprocess.run(
+        [*COMMAND, "inspect", str(pair[0]), "--tensors"], capture_output=True, text=True, check=True
+    )
+    assert "model.layers.0.input_layernorm.weight" in result.stdout
+    assert "…" not in result.stdout
+    assert result.stderr == "", "no progress where nobody watches"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    many = {f"tensor.{i:05d}.weight": np.zeros((2, 2), np.float32) for i in range(3000)}
+    save(tmp_path / "many", many, {})
+    with subprocess.Popen(
+        [*COMMAND, "inspect", str(tmp_path / "many"), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        # click ends quietly, with a code that depends on its version.
+        assert process.wait(20) in {0, 1}
+
+
+@pytest.mark.parametrize("verb", ["extract", "merge"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals_leave_no_output(tmp_path: Path, verb: str, number: signal.Signals, code: int) -> None:
+    rng = np.random.default_rng(0)
+    base = {f"layer{i}.weight": rng.standard_normal((1500, 1500), np.float32) for i in range(8)}
+    save(tmp_path / "base", base, {})
+    save(tmp_path / "tuned", tuned_from(base, rng), {})
+    arguments = ["extract", "base", "tuned", "-o", "out", "--rank", "48"]
+    if verb == "merge":
+        subprocess.run([*COMMAND, *arguments[:-3], "adapter", "--rank", "1", "-q"], cwd=tmp_path, check=True)
+        arguments = ["merge", "base", "adapter", "-o", "out"]
+    with subprocess.Popen([*COMMAND, *arguments, "-q"], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob(".out.*")) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        process.wait(30)
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == code, "the work was over before the signal came" if process.returncode == 0 else ""
+    assert not (tmp_path / "out").exists()
+    if number != signal.SIGKILL:  # which no process can answer: its hidden partial directory stays
+        assert not list(tmp_path.glob(".out.*"))
+
+
+def test_output_that_cannot_be_written_is_named(pair: Pair, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        target = Path("/proc/out")  # even root creates nothing there
+    else:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        target = tmp_path / "locked" / "out"
+    command = [*COMMAND, "extract", *map(str, pair), "-o", str(target), "-r", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
