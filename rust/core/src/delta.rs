@@ -58,14 +58,9 @@ impl Delta {
             base_energy += base_part;
             largest = largest.max(peak);
         }
-        let mut exponent = 0;
-        if largest > 0.0 && !COMFORTABLE.contains(&largest) {
-            exponent = largest.log2().floor() as i32;
-            // 2^-exponent itself can leave the range of f32, its two halves cannot.
-            let (first, second) = (power_of_two(-exponent / 2), power_of_two(-exponent - -exponent / 2));
-            values.iter_mut().for_each(|value| *value = *value * first * second);
-        }
-        Ok(Self { values, rows, cols, exponent, energy, base_energy })
+        let mut delta = Self { values, rows, cols, exponent: 0, energy, base_energy };
+        delta.normalise(largest);
+        Ok(delta)
     }
 
     /// Wraps a difference that is already in memory (row-major).
@@ -78,7 +73,21 @@ impl Delta {
             return Err(Error::NonFinite { path: "memory".into(), name: "delta".into(), index, value });
         }
         let energy = values.iter().map(|&value| f64::from(value).powi(2)).sum();
-        Ok(Self { values, rows, cols, exponent: 0, energy, base_energy: 0.0 })
+        let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let mut delta = Self { values, rows, cols, exponent: 0, energy, base_energy: 0.0 };
+        delta.normalise(largest);
+        Ok(delta)
+    }
+
+    /// Scales badly scaled values by a power of two, so that `largest` comes near 1.
+    fn normalise(&mut self, largest: f32) {
+        if largest > 0.0 && !COMFORTABLE.contains(&largest) {
+            self.exponent = largest.log2().floor() as i32;
+            // 2^-exponent itself can leave the range of f32, its two halves cannot.
+            let down = -self.exponent;
+            let (first, second) = (power_of_two(down / 2), power_of_two(down - down / 2));
+            self.values.iter_mut().for_each(|value| *value = *value * first * second);
+        }
     }
 
     /// Rows of the matrix view.
