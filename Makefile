@@ -89,7 +89,7 @@ format: .venv/dev  ## Format Rust and Python
 
 .PHONY: help-check
 help-check: build  ## Time `lora-compress --help`
-	@for i in 1 2 3 4 5; do /usr/bin/env time -f '%e s' $(BIN)/lora-compress --help 2>&1 >/dev/null | tail -1; done
+	@for i in 1 2 3 4 5; do TIMEFORMAT='%R s'; time $(BIN)/lora-compress --help >/dev/null; done
 
 .PHONY: clean
 clean:  ## Remove what was built here (not the shared cache)

@@ -16,7 +16,7 @@ import pytest
 from lora_compress import cli
 from safetensors.numpy import load_file, save_file
 
-from tests.checkpoints import save, tiny_llama, tuned_from
+from tests.checkpoints import save, tiny_llama
 from tests.conftest import Pair
 
 COMMAND = [sys.executable, "-m", "lora_compress"]
@@ -195,28 +195,35 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
         assert process.wait(20) in {0, 1}
 
 
+@pytest.fixture(scope="module")
+def slow_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base, tuned and adapter large enough that every verb is still at work when a signal arrives."""
+    folder = tmp_path_factory.mktemp("slow")
+    matrix = np.random.default_rng(0).standard_normal((2000, 2000), np.float32)
+    base = {f"layer{i:02d}.weight": matrix for i in range(20)}
+    save(folder / "base", base, {})
+    save(folder / "tuned", {name: np.roll(value, 1, 0) for name, value in base.items()}, {})
+    arguments = ["extract", "base", "tuned", "-o", "adapter", "--rank", "1", "--tolerance", "1", "--quiet"]
+    subprocess.run([*COMMAND, *arguments], cwd=folder, check=True)
+    return folder
+
+
 @pytest.mark.parametrize("verb", ["extract", "merge"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_signals_leave_no_output(tmp_path: Path, verb: str, number: signal.Signals, code: int) -> None:
-    rng = np.random.default_rng(0)
-    base = {f"layer{i}.weight": rng.standard_normal((1500, 1500), np.float32) for i in range(8)}
-    save(tmp_path / "base", base, {})
-    save(tmp_path / "tuned", tuned_from(base, rng), {})
-    arguments = ["extract", "base", "tuned", "-o", "out", "--rank", "48"]
-    if verb == "merge":
-        subprocess.run([*COMMAND, *arguments[:-3], "adapter", "--rank", "1", "-q"], cwd=tmp_path, check=True)
-        arguments = ["merge", "base", "adapter", "-o", "out"]
-    with subprocess.Popen([*COMMAND, *arguments, "-q"], cwd=tmp_path, stderr=subprocess.PIPE) as process:
-        while not list(tmp_path.glob(".out.*")) and process.poll() is None:
+def test_signals_leave_no_output(slow_case: Path, verb: str, number: signal.Signals, code: int) -> None:
+    arguments = ["extract", "base", "tuned", "--rank", "64"] if verb == "extract" else ["merge", "base", "adapter"]
+    out = f"{verb}-{code}"
+    with subprocess.Popen([*COMMAND, *arguments, "-o", out, "-q"], cwd=slow_case, stderr=subprocess.PIPE) as process:
+        while not list(slow_case.glob(f".{out}.*")) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(number)
         process.wait(30)
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode == code, "the work was over before the signal came" if process.returncode == 0 else ""
-    assert not (tmp_path / "out").exists()
+    assert not (slow_case / out).exists()
     if number != signal.SIGKILL:  # which no process can answer: its hidden partial directory stays
-        assert not list(tmp_path.glob(".out.*"))
+        assert not list(slow_case.glob(f".{out}.*"))
 
 
 def test_output_that_cannot_be_written_is_named(pair: Pair, tmp_path: Path) -> None:

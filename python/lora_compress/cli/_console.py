@@ -86,9 +86,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for column in columns:
         left = column.endswith(" ")
-        table.add_column(
-            column.rstrip(), justify="left" if left else "right", no_wrap=True, overflow="fold" if left else "ellipsis"
-        )
+        # On a narrow terminal names are folded; numbers stay whole.
+        table.add_column(column.rstrip(), justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     # Piped output has no width of its own: do not cut names at 80 columns.

@@ -70,7 +70,7 @@ class PeftWriter:
         rank = max(self._ranks.values(), default=1)
         pattern = {"^" + re.escape(name): r for name, r in self._ranks.items() if r != rank}
         modules = [name for name in self._ranks if name not in self._parameters]
-        return {
+        config = {
             "peft_type": "LORA",
             "peft_version": PEFT_VERSION,
             "base_model_name_or_path": self._plan.base_name,
@@ -88,13 +88,17 @@ class PeftWriter:
             "bias": "none",
             "fan_in_fan_out": self._plan.base.model_type in CONV1D_MODELS,
             "target_modules": short_targets(modules, names(self._plan.base.checkpoint)),
-            "target_parameters": sorted(self._parameters) or None,
             "modules_to_save": None,
             "init_lora_weights": True,
             "layers_to_transform": None,
             "layers_pattern": None,
-            "ensure_weight_tying": self._plan.tied_embedding is not None,
         }
+        # Keys of recent releases are left out where they say nothing: older ones refuse what they do not know.
+        if self._parameters:
+            config["target_parameters"] = sorted(self._parameters)
+        if self._plan.tied_embedding is not None:
+            config["ensure_weight_tying"] = True
+        return config
 
 
 def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
