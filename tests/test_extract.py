@@ -124,6 +124,20 @@ def test_a_grown_vocabulary_keeps_its_new_rows_to_the_bit(tmp_path: Path, rng: n
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
+def test_new_rows_of_an_excluded_tensor_are_left_out_too(tmp_path: Path, rng: np.random.Generator) -> None:
+    base, config = tiny_llama(rng)
+    tuned = tuned_from(base, rng)
+    tuned["lm_head.weight"] = np.concatenate([tuned["lm_head.weight"], np.ones((2, 24), BF16)])
+    save(tmp_path / "base", base, config)
+    save(tmp_path / "tuned", tuned, config)
+    lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2, exclude=["lm_head"])
+    lora_compress.merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    assert (load(tmp_path / "merged")["lm_head.weight"] == base["lm_head.weight"]).all()
+    assert lora_compress.verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "out").unchecked == (
+        "lm_head.weight",
+    )
+
+
 def test_exact_low_rank_is_recognised(make_pair: Callable[..., Pair], tmp_path: Path, rng: np.random.Generator) -> None:
     base = {"a.weight": rng.integers(-3, 4, (64, 48)).astype(np.float32)}
     delta = rng.integers(-2, 3, (64, 3)) @ rng.integers(-2, 3, (3, 48))

@@ -107,8 +107,8 @@ def extract(
     include, exclude: regular expressions searched in tensor names; excluded tensors keep the base's values.
     embeddings: regular expressions for embeddings that their names do not give away.
     skip_missing: go on when one side lacks tensors.
-    tied_head: store the factors of a tied embedding for the output head too, so that PEFT's forward applies them to
-    both. base_name: what the adapter calls its base, a Hub id for instance; the path as given when absent.
+    tied_head: store a tied embedding's factors for the output head too, so that PEFT's forward applies them to both.
+    base_name: what the adapter calls its base, a Hub id for instance; the path as given when absent.
     seed: seed of the randomised decomposition; the same inputs and seed give the same bytes.
     tolerance: how far above the best error of its rank each matrix may be, relatively.
     force: replace an existing output.
@@ -142,6 +142,14 @@ def extract(
         tied_embedding=tied if any(pair.name == tied for pair in low_rank) else None,
         embeddings=_matching(embeddings, [pair.name for pair in low_rank]),
     )
+    settings = {
+        "rank": rank,
+        "decomposition": method.name,
+        "format": target.name,
+        "dtype": dtype,
+        "seed": seed,
+        "tolerance": tolerance,
+    }
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
         writer = target.writer(partial_out, plan)
         accounts = []
@@ -168,12 +176,7 @@ def extract(
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract(rank={rank})",
             "causal_lm": base_model.architecture.endswith("ForCausalLM"),
-            "rank": rank,
-            "decomposition": method.name,
-            "format": target.name,
-            "dtype": dtype,
-            "seed": seed,
-            "tolerance": tolerance,
+            **settings,
             "totals": totals_json(accounts),
             "tensors": [account.to_json() for account in accounts],
         }

@@ -102,8 +102,7 @@ class PeftWriter:
 
 
 def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
-    """`target_modules` for exactly these modules: last components where all modules of that name are meant, else full
-    paths.
+    """`target_modules` for exactly these modules: last components where all of that name are meant, else full paths.
 
     PEFT takes an entry as a whole path or as a suffix that begins at a dot, so that `q_proj` also means a vision
     tower's.
