@@ -213,7 +213,13 @@ def slow_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_signals_leave_no_output(slow_case: Path, verb: str, number: signal.Signals, code: int) -> None:
     arguments = ["extract", "base", "tuned", "--rank", "64"] if verb == "extract" else ["merge", "base", "adapter"]
     out = f"{verb}-{code}"
-    with subprocess.Popen([*COMMAND, *arguments, "-o", out, "-q"], cwd=slow_case, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "-o", out, "-q"],
+        cwd=slow_case,
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs with SIGINT ignored, and we may be running in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while not list(slow_case.glob(f".{out}.*")) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(number)
