@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +20,11 @@ def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> I
     """
     check(out, force=force, inputs=inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    partial = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
     try:
+        # Made inside the block that removes it: a signal may arrive between any two lines.
+        partial.mkdir()
         yield partial
-        # mkdtemp makes private directories; a model is as readable as any other new directory.
-        partial.chmod(0o777 & ~_umask())
         if out.is_symlink() or out.is_file():
             out.unlink()
         elif out.exists():
@@ -47,21 +47,12 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
 
 def _replace(out: Path, partial: Path) -> None:
     """Put `partial` in the place of the directory `out`, which survives until its successor stands."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    old = aside / out.name
-    out.rename(old)
+    old = out.parent / f".{out.name}.{secrets.token_hex(8)}.old"
     try:
+        out.rename(old)
         partial.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:
+        if not out.exists():
+            old.rename(out)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    # The umask can only be read by setting it. A private directory as probe avoids that race with other threads.
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder) / "probe"
-        probe.mkdir()
-        return 0o777 & ~probe.stat().st_mode
+    shutil.rmtree(old, ignore_errors=True)
