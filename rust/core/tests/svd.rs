@@ -164,6 +164,30 @@ fn repeated_singular_values_do_not_stop_the_iteration_early() {
 }
 
 #[test]
+fn clusters_and_repeated_values_are_found_whole() {
+    let eye = |n: usize| (0..n * n).map(|i| if i % (n + 1) == 0 { 1.0 } else { 0.0 }).collect::<Vec<f32>>();
+    assert_eq!(check(eye(256), 256, 256, 64, 1e-4).sigma.len(), 64);
+    assert_eq!(check(eye(400), 400, 400, 100, 1e-4).sigma.len(), 100);
+    // Diagonal, so that the values are repeated exactly or to a stated width.
+    let diagonal = |values: &dyn Fn(usize) -> f32| {
+        let mut matrix = vec![0f32; 600 * 400];
+        (0..400).for_each(|i| matrix[(i * 3 % 600 + i / 200) * 400 + i] = values(i));
+        matrix
+    };
+    let spectra: [&dyn Fn(usize) -> f32; 4] = [
+        &|i| [8.0, 4.0, 2.0, 1.0][i / 100],
+        &|i| if i < 120 { 3.0 } else { 1.0 },
+        &|i| if i < 10 { 10.0 } else { 1.0 },
+        &|i| [8.0, 4.0, 2.0, 1.0][i / 100] * (1.0 + 0.05 * (i % 100) as f32 / 100.0),
+    ];
+    for spectrum in spectra {
+        for rank in [16, 64, 100, 150] {
+            assert_eq!(check(diagonal(spectrum), 600, 400, rank, 1e-3).sigma.len(), rank);
+        }
+    }
+}
+
+#[test]
 fn a_plateau_after_the_rank_is_no_trap() {
     let values = with_spectrum(300, 280, 5, |i| if i < 12 { 4.0 } else { 1.0 });
     check(values, 300, 280, 12, 1e-3);
