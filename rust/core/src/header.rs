@@ -94,9 +94,12 @@ impl Header {
 
 /// Bytes of a tensor, or `None` when the count overflows or is not whole.
 pub(crate) fn byte_count(dtype: Dtype, shape: &[usize]) -> Option<u64> {
-    let elements = shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(u64::try_from(dim).ok()?))?;
-    // A later zero must not hide an earlier overflow, nor may a count exceed what this machine can index.
-    usize::try_from(elements).ok()?;
+    // A zero must not hide an overflow before or after it: rows and columns are multiplied apart later, and up to eight
+    // bytes an element. So the product of the other dimensions must fit as well.
+    let mut nonzero = shape.iter().filter(|&&dim| dim != 0);
+    let product = nonzero.try_fold(1u64, |product, &dim| product.checked_mul(u64::try_from(dim).ok()?))?;
+    usize::try_from(product.checked_mul(64)?).ok()?;
+    let elements = if shape.contains(&0) { 0 } else { product };
     let bits = elements.checked_mul(dtype.bits())?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
@@ -177,7 +180,10 @@ mod tests {
     #[test]
     fn every_contradiction_is_refused() {
         type Case = (&'static str, u64, fn(&HeaderFault) -> bool);
-        let cases: [Case; 11] = [
+        let cases: [Case; 12] = [
+            (r#"{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}"#, 0, |f| {
+                matches!(f, HeaderFault::Overflow(_))
+            }),
             ("[", 0, |f| matches!(f, HeaderFault::Json(_))),
             (r#"{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}"#, 1, |f| matches!(f, HeaderFault::Json(_))),
             (r#"{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}"#, 1, |f| matches!(f, HeaderFault::Json(_))),

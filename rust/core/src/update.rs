@@ -263,15 +263,24 @@ impl LoadedUpdate<'_> {
         if dtype == self.dtype {
             return self.row_bytes(&source.checkpoint, &source.name, range);
         }
+        let first = range.start * self.cols;
         let values = self.read_rows_f64(&source.checkpoint, &source.name, range)?;
-        with_element!(self.dtype, E => {
+        let mut overflow = None;
+        let bytes = with_element!(self.dtype, E => {
             let mut bytes = vec![0u8; values.len() * E::BYTES];
-            for (value, out) in values.iter().zip(bytes.chunks_exact_mut(E::BYTES)) {
-                E::write(*value, out);
+            for (index, (&value, out)) in values.iter().zip(bytes.chunks_exact_mut(E::BYTES)).enumerate() {
+                if !E::write(value, out) && value.is_finite() {
+                    overflow.get_or_insert((index, value));
+                }
             }
             bytes
-        })
-        .ok_or_else(|| self.base.unsupported(self.name, self.dtype))
+        });
+        match (overflow, bytes) {
+            (Some((index, value)), _) => {
+                Err(Error::Overflow { name: self.name.into(), index: first + index, value, dtype: self.dtype })
+            }
+            (None, bytes) => bytes.ok_or_else(|| self.base.unsupported(self.name, self.dtype)),
+        }
     }
 
     fn read_rows_f64(&self, checkpoint: &Checkpoint, name: &str, range: Range<usize>) -> Result<Vec<f64>> {
