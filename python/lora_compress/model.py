@@ -29,6 +29,8 @@ CONV1D = re.compile(r"c_attn|c_fc|c_proj|q_attn")
 
 # Output heads of models with a language-modelling head, by their usual names.
 HEAD = "lm_head"
+# Input embeddings, by the names that transformers gives them.
+INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "shared", "word_embeddings", "embed_in", "tok_embeddings"})
 HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -75,9 +77,15 @@ class Model:
         A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where
         a head is stored too needs no care here: both tensors then have a delta of their own.
         """
+        text = self.config.get("text_config")
+        settings = text if isinstance(text, dict) and "tie_word_embeddings" in text else self.config
+        if settings.get("tie_word_embeddings") is False or any(
+            n.endswith(HEAD + WEIGHT) for n in names(self.checkpoint)
+        ):
+            return None
         if not self.architecture.endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
             return None
-        inputs = [name for name in names(self.checkpoint) if last_component(name) in {"embed_tokens", "wte", "shared"}]
+        inputs = [name for name in names(self.checkpoint) if last_component(name) in INPUT_EMBEDDINGS]
         return inputs[0] if len(inputs) == 1 else None
 
 

@@ -78,7 +78,7 @@ Examples:
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, 1e6, min_open=True),
     default=1e-4,
     show_default=True,
     help="Error above the best of its rank that each matrix may have, relatively.",

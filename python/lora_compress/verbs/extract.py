@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_compress import plugins
-from lora_compress._native import Delta, __version__, round_to, same_bytes
+from lora_compress._native import Delta, __version__, check_finite, round_to, same_bytes
 from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError, TensorError
@@ -121,7 +121,7 @@ def extract(
     of range. Nothing is left behind.
     """
     started = time.perf_counter()
-    if rank < 1 or dtype not in DTYPES or not tolerance > 0:
+    if rank < 1 or dtype not in DTYPES or not 0 < tolerance < float("inf"):
         raise ValueError(f"rank ({rank}) and tolerance ({tolerance}) must be positive, dtype ({dtype}) one of {DTYPES}")
     out = Path(out)
     output.check(out, force=force, inputs=(Path(base), Path(tuned)))
@@ -250,13 +250,14 @@ def _decompose(
     stored = pair.tuned.nbytes if pair.treatment is Treatment.EXACT else _row_bytes(pair) * pair.new_rows
     if pair.base.dtype not in FLOATS or pair.tuned.dtype not in FLOATS:
         unknown = None if pair.treatment is not Treatment.EXACT else 0.0
+        stored = stored if pair.treatment is Treatment.EXACT else 0
         return replace(account, nbytes=stored, delta_energy=None, base_energy=None, error_energy=unknown), None
-    if pair.base.shape != pair.tuned.shape and not pair.new_rows:  # an excluded tensor of another shape
-        return replace(account, delta_energy=None, base_energy=None, error_energy=None), None
+    if pair.treatment is Treatment.EXCLUDED:
+        return _excluded(base, tuned, pair, account), None
+    if pair.new_rows:
+        check_finite(tuned.checkpoint, pair.name, pair.base.shape[0])
     delta = Delta(base.checkpoint, tuned.checkpoint, pair.name)
     account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
-    if pair.treatment is Treatment.EXCLUDED:
-        return replace(account, error_energy=delta.energy), None
     if pair.treatment is Treatment.EXACT or delta.energy == 0.0:
         # Without energy but with other bytes: zeros of another sign, or new rows only. Nothing to decompose.
         return replace(account, nbytes=stored), None
@@ -267,6 +268,15 @@ def _decompose(
     if not error < float("inf"):
         raise TensorError(f"`{pair.name}`: its factors overflow {dtype}; use --dtype F32")
     return replace(account, rank=b.shape[1], error_energy=error, nbytes=stored), (b, a)
+
+
+def _excluded(base: Model, tuned: Model, pair: Pair, account: TensorAccount) -> TensorAccount:
+    """What an excluded tensor leaves out; unknown where its values or shapes allow no difference."""
+    try:
+        delta = Delta(base.checkpoint, tuned.checkpoint, pair.name)
+    except TensorError:
+        return replace(account, delta_energy=None, base_energy=None, error_energy=None)
+    return replace(account, delta_energy=delta.energy, base_energy=delta.base_energy, error_energy=delta.energy)
 
 
 def _untouched(base: Model, tuned: Model, selection: Selection, pairs: Sequence[Pair]) -> list[TensorAccount]:
@@ -296,7 +306,10 @@ def _row_bytes(pair: Pair) -> int:
 def _matching(patterns: Sequence[str], tensors: Sequence[str]) -> frozenset[str]:
     found: set[str] = set()
     for pattern in patterns:
-        hits = {tensor for tensor in tensors if re.search(pattern, tensor)}
+        try:
+            hits = {tensor for tensor in tensors if re.search(pattern, tensor)}
+        except re.error as error:
+            raise SelectionError(f"--embedding `{pattern}` is not a regular expression: {error}") from error
         if not hits:
             raise SelectionError(f"--embedding `{pattern}` matches no tensor that gets factors")
         found |= hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -39,8 +40,11 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Raise `OutputExistsError` unless `out` may be written; called before any work."""
     resolved = out.resolve()
     for path in inputs:
-        if path.resolve() == resolved or resolved in path.resolve().parents:
+        source = path.resolve()
+        if source == resolved or resolved in source.parents or (out.exists() and source == resolved.parent):
             raise OutputExistsError(f"the output `{out}` would replace the input `{path}`")
+    if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
+        raise OutputExistsError(f"`{out}` is a device, a pipe or a dangling link, which is never replaced")
     if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise OutputExistsError(f"`{out}` exists and is not empty: choose another output or pass --force")
 

@@ -41,8 +41,10 @@ class Pair:
 
     @property
     def new_rows(self) -> int:
-        """Rows that tuned has beyond the base's (a grown vocabulary)."""
-        return self.tuned.shape[0] - self.base.shape[0] if self.base.shape else 0
+        """Rows that tuned has beyond the base's (a grown vocabulary); 0 where the shapes differ otherwise."""
+        if not self.base.shape or self.base.shape[1:] != self.tuned.shape[1:]:
+            return 0
+        return max(self.tuned.shape[0] - self.base.shape[0], 0)
 
     @property
     def elements(self) -> int:
@@ -79,8 +81,9 @@ def select(
     lost = [name for name in missing if name in chosen]
     if lost and not skip_missing:
         side = tuned if lost[0] in ours else base
+        lacking = [name for name in lost if (name in ours) == (lost[0] in ours)]
         raise SelectionError(
-            f"`{side.path}` lacks {_some(lost)}: pass --skip-missing to go on without, or --exclude a pattern"
+            f"`{side.path}` lacks {_some(lacking)}: pass --skip-missing to go on without, or --exclude a pattern"
         )
     pairs = tuple(_pair(name, ours[name], theirs[name], name in chosen) for name in both)
     return Selection(pairs, missing, tied)
@@ -136,6 +139,9 @@ def _is_tied_copy(name: str, base: Model, tuned: Model) -> bool:
     if name != HEAD + WEIGHT:
         return False
     holder, other = (base, tuned) if name in base.checkpoint else (tuned, base)
+    if holder is base:
+        # Merging would leave the base's stored head behind: its change has to be carried, so it is no mere copy.
+        return False
     embedding = other.tied_embedding()
     if embedding is None or embedding not in holder.checkpoint:
         return False

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_compress._native import Comparison, Update, compare, same_bytes
 from lora_compress.adapter import Adapter
+from lora_compress.errors import SelectionError
 from lora_compress.model import Model, names
 from lora_compress.verbs.account import SCHEMA_VERSION, relative
 from lora_compress.verbs.merge import read_adapter
@@ -126,9 +127,13 @@ def verify(
     manifest = read_manifest(Path(adapter))
     promised = {str(row["name"]): row for row in manifest.get("tensors", [])}
     ours, theirs = names(base_model.checkpoint), set(names(tuned_model.checkpoint))
-    checkable = [name for name in ours if name in theirs and _is_comparable(base_model, tuned_model, parts, name)]
-    equal = {name for name in ours if name in theirs and _is_equal(base_model, tuned_model, parts, name)}
+    both = [name for name in ours if name in theirs]
+    equal = {name for name in both if _is_equal(base_model, tuned_model, parts, name)}
+    checkable = [name for name in both if name not in equal and _is_comparable(base_model, tuned_model, parts, name)]
     unchecked = sorted((set(ours) | theirs) - set(checkable) - equal)
+    if not checkable and not equal:
+        raise SelectionError(f"`{base}` and `{tuned}` have no tensor in common that could be compared")
+    lost = [name for name in unchecked if promised.get(name, {}).get("treatment") in {"low-rank", "exact"}]
     progress = progress or Silent()
     sizes = {name: base_model.checkpoint.info(name).nbytes for name in checkable}
     progress.begin("verifying", sum(sizes.values()), len(checkable))
@@ -137,9 +142,11 @@ def verify(
         update = parts.update(name) if name in parts.tensors() else Update()
         return compare(base_model.checkpoint, tuned_model.checkpoint, name, update)
 
-    checks = []
+    checks = [TensorCheck(name, 0.0, 0.0, 0.0, 0.0, 0.0, "what the adapter stored for it is gone") for name in lost]
     for name, comparison in ordered_map(job, checkable, lambda name: sizes[name] // 2):
-        checks.append(_check(name, comparison, promised.get(name)))
+        same_dtype = base_model.checkpoint.info(name).dtype == tuned_model.checkpoint.info(name).dtype
+        stored = name in parts.replacements
+        checks.append(_check(name, comparison, promised.get(name), stored=stored, same_dtype=same_dtype))
         progress.advance(sizes[name], 1, name)
     return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), time.perf_counter() - started)
 
@@ -154,19 +161,25 @@ def _is_comparable(base: Model, tuned: Model, adapter: Adapter, name: str) -> bo
 
 
 def _is_equal(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:
-    """Whether a tensor whose dtype has no arithmetic is, merged, equal to tuned's."""
-    if base.checkpoint.info(name).dtype in FLOATS or name in adapter.new_rows:
+    """Whether a tensor, merged, has tuned's bytes, where that can be seen without arithmetic."""
+    changed = name in adapter.tensors()
+    if name in adapter.new_rows or (changed and base.checkpoint.info(name).dtype in FLOATS):
         return False
     checkpoint, key = adapter.replacements.get(name, (base.checkpoint, name))
     return same_bytes(tuned.checkpoint, checkpoint, name, key)
 
 
-def _check(name: str, comparison: Comparison, promise: dict[str, Any] | None) -> TensorCheck:
+def _check(
+    name: str, comparison: Comparison, promise: dict[str, Any] | None, *, stored: bool, same_dtype: bool
+) -> TensorCheck:
     expected = promise.get("error_energy") if promise else None
     problem = ""
     if not comparison.new_rows_equal:
         problem = "its new rows differ from the tuned model's"
-    elif expected is not None and promise and promise.get("treatment") != "exact":
+    elif promise and promise.get("treatment") == "exact":
+        if not stored or (same_dtype and comparison.merged_error_energy):
+            problem = "it was stored whole, but the merge would not restore it"
+    elif expected is not None and promise:
         slack = AGREEMENT * expected + 1e-12 * comparison.delta_energy
         if abs(comparison.error_energy - expected) > slack:
             promised = relative(expected, comparison.delta_energy)

@@ -206,6 +206,29 @@ pub fn same_bytes(left: (&Checkpoint, &str), right: (&Checkpoint, &str)) -> Resu
     Ok(true)
 }
 
+/// Refuses NaN and infinities in the rows of a tensor from `first_row` on.
+///
+/// # Errors
+/// [`Error::NonFinite`], [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::Io`].
+pub fn check_finite(checkpoint: &Checkpoint, name: &str, first_row: usize) -> Result<()> {
+    let info = checkpoint.info(name)?;
+    let dtype = checkpoint.computable(name)?;
+    let rows = info.shape.first().copied().unwrap_or(1).max(1) as u64;
+    let size = dtype.bits() / 8;
+    let mut begin = info.nbytes / rows * (first_row as u64).min(rows);
+    let mut buffer = vec![0u8; READ];
+    while begin < info.nbytes {
+        let bytes = &mut buffer[..READ.min((info.nbytes - begin) as usize)];
+        checkpoint.read_bytes(name, begin, bytes)?;
+        if let Some((index, value)) = with_element!(dtype, E => first_non_finite::<E>(bytes)).flatten() {
+            let index = (begin / size) as usize + index;
+            return Err(Error::NonFinite { path: checkpoint.path().into(), name: name.into(), index, value });
+        }
+        begin += bytes.len() as u64;
+    }
+    Ok(())
+}
+
 /// Matrix shape of the part that both sides have.
 fn overlap(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<(usize, usize)> {
     let (left, right) = (&base.info(name)?.shape, &tuned.info(name)?.shape);

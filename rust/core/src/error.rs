@@ -92,7 +92,7 @@ pub enum Error {
     },
 
     /// A tensor holds NaN or an infinity.
-    #[error("tensor `{name}` in `{}` holds {value} at flat index {index}", path.display())]
+    #[error("tensor `{name}` in `{}` holds {value} at flat index {index}; `--exclude` leaves a tensor out", path.display())]
     NonFinite {
         /// The checkpoint.
         path: PathBuf,

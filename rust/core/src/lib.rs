@@ -42,7 +42,7 @@ mod verify;
 mod write;
 
 pub use checkpoint::{Checkpoint, Shard};
-pub use delta::{Delta, same_bytes};
+pub use delta::{Delta, check_finite, same_bytes};
 pub use dtype::{Dtype, decode, encode, round_to};
 pub use error::{Error, HeaderFault, IndexFault, Result};
 pub use header::TensorInfo;

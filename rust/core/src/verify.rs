@@ -2,7 +2,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::delta::Delta;
-use crate::dtype::decode;
+use crate::dtype::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::panels;
 use crate::update::Update;
@@ -41,14 +41,15 @@ pub fn compare(base: &Checkpoint, tuned: &Checkpoint, name: &str, update: &Updat
             let merged_bytes = update.merged_rows(range)?;
             let mut tuned_bytes = vec![0u8; len * (tuned_dtype.bits() / 8) as usize];
             tuned.read_bytes(name, begin as u64 * tuned_dtype.bits() / 8, &mut tuned_bytes)?;
-            let (mut merged, mut target) = (vec![0f32; len], vec![0f32; len]);
-            if !decode(base_dtype, &merged_bytes, &mut merged) || !decode(tuned_dtype, &tuned_bytes, &mut target) {
-                return Err(base.unsupported(name, base_dtype));
-            }
+            let decode = |dtype, bytes: &[u8]| {
+                with_element!(dtype, E => bytes.chunks_exact(E::BYTES).map(E::read).collect::<Vec<f64>>())
+                    .ok_or_else(|| base.unsupported(name, dtype))
+            };
+            let (merged, target) = (decode(base_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
             let exact = delta.flat(begin, len);
             let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
             for (((&d, &a), &m), &t) in exact.iter().zip(&approximation).zip(&merged).zip(&target) {
-                let distance = f64::from(m) - f64::from(t);
+                let distance = m - t;
                 error += (f64::from(d) - f64::from(a)).powi(2);
                 merged_error += distance.powi(2);
                 largest = largest.max(distance.abs());

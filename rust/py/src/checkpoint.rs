@@ -47,6 +47,13 @@ pub fn same_bytes(
     gate::run(py, || core::same_bytes((&checkpoint.inner, name), (&other.inner, other_name.unwrap_or(name))))
 }
 
+/// Raises `TensorError` when a float tensor holds NaN or an infinity in its rows from `first_row` on.
+#[pyfunction]
+#[pyo3(signature = (checkpoint, name, first_row=0))]
+pub fn check_finite(py: Python<'_>, checkpoint: &Checkpoint, name: &str, first_row: usize) -> PyResult<()> {
+    gate::run(py, || core::check_finite(&checkpoint.inner, name, first_row))
+}
+
 /// Index of the first of PEFT's module patterns that matches the end of `name`, or None. Linear in the length of both.
 ///
 /// Raises `LoraCompressError` for a pattern that is no regular expression or could not be matched in linear time.

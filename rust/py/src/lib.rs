@@ -22,6 +22,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<merge::LowRank>()?;
     module.add_class::<merge::Update>()?;
     module.add_class::<merge::Comparison>()?;
+    module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;
