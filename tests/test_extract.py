@@ -230,3 +230,21 @@ def test_mixed_dtypes_are_subtracted_and_merged_into_the_base_dtype(
     assert merged["a.weight"].dtype == merged["norm"].dtype == BF16
     assert (merged["norm"] == np.full(8, 1.01).astype(BF16)).all()
     assert np.allclose(merged["a.weight"].astype(np.float32), tuned["a.weight"], rtol=2.0**-8)
+
+
+def test_the_advice_to_exclude_holds(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+    one = np.ones((4, 4), np.float32)
+    nan = np.full((4, 4), np.nan, np.float32)
+    for bad in (np.ones((3, 4), np.float32), np.ones((5, 7), np.float32), np.array(1.0, np.float32), nan):
+        paths = make_pair({"a.weight": one, "z": one}, {"a.weight": one * 2, "z": bad})
+        with pytest.raises(lora_compress.LoraCompressError, match="exclude"):
+            lora_compress.extract(*paths, tmp_path / "out", rank=1, force=True)
+        result = lora_compress.extract(*paths, tmp_path / "out", rank=1, exclude="^z$", force=True)
+        assert result.tensors[1].error_energy is None
+
+
+def test_new_rows_must_be_finite(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+    one = np.ones((4, 4), np.float32)
+    grown = np.concatenate([one * 2, np.full((1, 4), np.inf, np.float32)])
+    with pytest.raises(TensorError, match="holds inf at flat index 16"):
+        lora_compress.extract(*make_pair({"a.weight": one}, {"a.weight": grown}), tmp_path / "out", rank=1)

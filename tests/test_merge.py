@@ -148,3 +148,29 @@ def test_verifying_agrees_with_the_merged_files(pair: Pair, tmp_path: Path) -> N
         difference = merged[check.name].astype(np.float64) - tuned[check.name].astype(np.float64)
         assert check.merged_error_energy == pytest.approx(np.square(difference).sum(), rel=1e-9, abs=1e-30)
         assert check.largest == pytest.approx(np.abs(difference).max(), rel=1e-9)
+
+
+def test_verifying_misses_the_side_file(pair: Pair, tmp_path: Path) -> None:
+    lora_compress.extract(*pair, tmp_path / "out", rank=3)
+    (tmp_path / "out" / "lora_compress" / "exact.safetensors").unlink()
+    names = {problem.name for problem in lora_compress.verify(*pair, tmp_path / "out").problems}
+    assert names == {"model.norm.weight", "model.layers.0.input_layernorm.weight"}
+
+
+def test_an_output_inside_an_input_that_exists_is_refused(pair: Pair, tmp_path: Path) -> None:
+    lora_compress.extract(*pair, tmp_path / "out", rank=1)
+    for target in (pair[0] / "config.json", tmp_path / "out" / "adapter_model.safetensors"):
+        with pytest.raises(lora_compress.LoraCompressError, match="would replace the input"):
+            lora_compress.merge(pair[0], [tmp_path / "out"], target.with_name(target.name), force=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(lora_compress.LoraCompressError, match="dangling link"):
+        lora_compress.merge(pair[0], tmp_path / "out", tmp_path / "link")
+
+
+def test_values_that_overflow_the_base_are_refused(tmp_path: Path) -> None:
+    one = np.ones((4, 4), np.float16)
+    save(tmp_path / "base", {"a.weight": one, "norm": np.ones(4, np.float16)}, {})
+    save(tmp_path / "tuned", {"a.weight": one * 2, "norm": np.full(4, 1e5, np.float32)}, {})
+    lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1)
+    with pytest.raises(lora_compress.TensorError, match=r"`norm`: the merged value 1e5 .* overflows F16"):
+        lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")

@@ -259,3 +259,38 @@ def test_other_embeddings_can_be_named(tmp_path: Path, rng: np.random.Generator)
         PREFIX + "lookup.lora_embedding_A",
         PREFIX + "lookup.lora_embedding_B",
     }
+
+
+def test_a_base_that_stores_the_head_it_ties_is_refused_when_tuned_does_not(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    base, tuned = tied_pair(tmp_path, rng)
+    tensors = load(base)
+    save(base, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, {})
+    # Merging could not change the stored head, and would leave the two apart.
+    with pytest.raises(lora_compress.SelectionError, match=r"lacks `lm_head\.weight`"):
+        lora_compress.extract(base, tuned, tmp_path / "out", rank=4)
+
+
+def test_an_untied_or_foreign_head_gets_no_copy_of_the_embeddings_factors(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors, config = tiny_llama(rng, tied=True)
+    cases = [
+        ({**config, "tie_word_embeddings": False}, tensors),
+        (config, {**tensors, "language_model.lm_head.weight": tensors["model.embed_tokens.weight"]}),
+    ]
+    for number, (settings, stored) in enumerate(cases):
+        folder = save(tmp_path / str(number), stored, settings)
+        assert Model.open(folder).tied_embedding() is None
+
+
+def test_doubled_factors_and_numbers_that_are_none_are_refused(
+    base: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    head = factors(rng, "head", 4, 5)
+    doubled = {**head, "head.lora_B.default.weight": head["head.lora_B.weight"]}
+    with pytest.raises(AdapterError, match="are the same factor"):
+        lora_compress.merge(base, write_adapter(tmp_path / "a", doubled), tmp_path / "merged")
+    with pytest.raises(lora_compress.CheckpointError, match="NaN is no JSON number"):
+        lora_compress.merge(base, write_adapter(tmp_path / "a", head, lora_alpha=float("nan")), tmp_path / "merged")

@@ -79,11 +79,8 @@ class Model:
         """
         text = self.config.get("text_config")
         settings = text if isinstance(text, dict) and "tie_word_embeddings" in text else self.config
-        if settings.get("tie_word_embeddings") is False or any(
-            n.endswith(HEAD + WEIGHT) for n in names(self.checkpoint)
-        ):
-            return None
-        if not self.architecture.endswith(HEADED) or HEAD + WEIGHT in self.checkpoint:
+        stored = any(name.endswith(HEAD + WEIGHT) for name in names(self.checkpoint))
+        if stored or settings.get("tie_word_embeddings") is False or not self.architecture.endswith(HEADED):
             return None
         inputs = [name for name in names(self.checkpoint) if last_component(name) in INPUT_EMBEDDINGS]
         return inputs[0] if len(inputs) == 1 else None
@@ -114,12 +111,16 @@ def looks_like_hub_id(path: Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) is not None and not path.parent.exists()
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when the file does not exist. Raises `CheckpointError` when it holds anything
     else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:

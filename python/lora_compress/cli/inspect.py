@@ -43,9 +43,10 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
     ]
     if result.kind == "adapter":
         config = result.config
+        pattern = config.get("rank_pattern")
         facts += [
             ("base", str(config.get("base_model_name_or_path"))),
-            ("rank", f"{config.get('r')} ({len(config.get('rank_pattern') or {})} modules differ)"),
+            ("rank", f"{config.get('r')} ({len(pattern) if isinstance(pattern, dict) else 0} modules differ)"),
             ("alpha", str(config.get("lora_alpha"))),
         ]
         if result.manifest:

@@ -21,7 +21,7 @@ from lora_compress._native import Delta, __version__, check_finite, round_to, sa
 from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError, TensorError
-from lora_compress.model import Model
+from lora_compress.model import HEAD, WEIGHT, Model
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
 from lora_compress.verbs.parallel import ordered_map
@@ -121,6 +121,7 @@ def extract(
     of range. Nothing is left behind.
     """
     started = time.perf_counter()
+    include, exclude, embeddings = (((p,) if isinstance(p, str) else p) for p in (include, exclude, embeddings))
     if rank < 1 or dtype not in DTYPES or not 0 < tolerance < float("inf"):
         raise ValueError(f"rank ({rank}) and tolerance ({tolerance}) must be positive, dtype ({dtype}) one of {DTYPES}")
     out = Path(out)
@@ -134,6 +135,8 @@ def extract(
     pairs, warnings = _assign(base_model, target, pairs)
     low_rank = [pair for pair in pairs if pair.treatment is Treatment.LOW_RANK]
     tied = base_model.tied_embedding() if tied_head else None
+    if any(name.endswith(HEAD + WEIGHT) for name in selection.missing):
+        tied = None  # Tuned has a head of its own: the embedding's factors are not the head's.
     plan = AdapterPlan(
         base=base_model,
         base_name=base_name or str(base),

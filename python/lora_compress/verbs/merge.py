@@ -57,7 +57,7 @@ class MergeResult:
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     force: bool = False,
@@ -81,6 +81,8 @@ def merge(
     AdapterError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError. Nothing is left behind.
     """
     started = time.perf_counter()
+    if isinstance(adapters, str | Path):
+        adapters = [adapters]
     if not adapters:
         raise ValueError("at least one adapter is needed")
     out, inputs = Path(out), (Path(base), *map(Path, adapters))

@@ -64,7 +64,11 @@ def read_manifest(adapter: Path) -> dict[str, Any]:
             f"{SCHEMA_VERSION}: upgrade"
         )
     rows = manifest.get("tensors", [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_row(row) for row in rows):
+    if (
+        not isinstance(manifest.get("totals", {}), dict)
+        or not isinstance(rows, list)
+        or not all(isinstance(row, dict) and _is_row(row) for row in rows)
+    ):
         raise AdapterError(
             f"`{adapter / FOLDER / MANIFEST}` is not a manifest of this package: its tensors are malformed"
         )
@@ -73,7 +77,9 @@ def read_manifest(adapter: Path) -> dict[str, Any]:
 
 def _is_row(row: dict[str, Any]) -> bool:
     error = row.get("error_energy")
-    return isinstance(row.get("name"), str) and (error is None or isinstance(error, int | float))
+    return isinstance(row.get("name"), str) and (
+        error is None or (isinstance(error, int | float) and 0 <= error < 1e300)
+    )
 
 
 def with_side_file(adapter: Adapter) -> Adapter:

@@ -34,7 +34,7 @@ REFUSED = {
     "monteclora_config": "the factors are random variables",
 }
 # Initialisations that subtract the factors' first value from the base: the adapter fits that changed base only.
-CHANGED_BASE = re.compile(r"pissa.*|olora|corda|lora_ga|milora")
+CHANGED_BASE = re.compile(r"pissa.*|olora|corda|lora_ga|loftq|milora")
 
 
 def read(path: Path, base: Model) -> Adapter:
@@ -89,14 +89,18 @@ class _Reader:
             raise AdapterError(f"`{self.path}`: the key `{key}` does not begin with `{PREFIX}`")
         name = key.removeprefix(PREFIX)
         if match := FACTOR.fullmatch(name):
-            self.factors.setdefault((match["module"], match["embedding"] is not None), {})[match["side"]] = key
+            pair = self.factors.setdefault((match["module"], match["embedding"] is not None), {})
+            if pair.setdefault(match["side"], key) != key:
+                raise AdapterError(f"`{self.path}`: `{pair[match['side']]}` and `{key}` are the same factor")
         elif ".lora_" in name or ".trainable_tokens_" in name:
             raise AdapterError(f"`{self.path}`: the tensor `{key}` is of a kind that cannot be merged yet")
         elif name.startswith(HEAD + ".base_layer.") and HEAD + WEIGHT not in self.base.checkpoint:
             # PEFT saves the embedding beside its factors, and once more under the name of the tied head.
             return
         else:
-            self.whole[name.replace(".base_layer.", ".")] = key
+            plain = name.replace(".base_layer.", ".")
+            if self.whole.setdefault(plain, key) != key:
+                raise AdapterError(f"`{self.path}`: `{self.whole[plain]}` and `{key}` are the same weight")
 
     def _target(self, module: str) -> str | None:
         """The base's tensor that a module's factors belong to; None for a tied head."""
@@ -124,7 +128,9 @@ class _Reader:
             )
         ours, theirs = ((self.weights.read(keys["A"]), self.weights.read(keys["B"])) for keys in (pair, twin))
         if not (ours[0].shape == theirs[1].T.shape and ours[1].shape == theirs[0].T.shape) or not (
-            (ours[0] == theirs[1].T).all() and (ours[1] == theirs[0].T).all()
+            (ours[0] == theirs[1].T).all()
+            and (ours[1] == theirs[0].T).all()
+            and self._scale(module, len(ours[0])) == self._scale(embedding, len(ours[0]))
         ):
             raise AdapterError(
                 f"`{self.path}` changes `{module}` and `{embedding}` differently, and the base stores one matrix "
@@ -139,12 +145,13 @@ class _Reader:
             raise AdapterError(
                 f"`{self.path}`: `{pair['A']}` has shape {shape}, but `{CONFIG}` gives `{module}` the rank {rank}"
             )
-        alpha = float(self._pattern("alpha_pattern", pattern_key, self.config.get("lora_alpha", 8)))
-        scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        if not math.isfinite(scale):
-            raise AdapterError(f"`{self.path}`: the scale of `{module}` is {scale}")
+        scale = self._scale(pattern_key, rank)
         transposed = embedding or self.base.is_conv1d(target) or self._fans_out(target, pair)
         return LowRank(self.weights, pair["B"], pair["A"], scale=scale, transposed=transposed)
+
+    def _scale(self, pattern_key: str, rank: int) -> float:
+        alpha = float(self._pattern("alpha_pattern", pattern_key, self.config.get("lora_alpha", 8)))
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _fans_out(self, target: str, pair: Mapping[str, str]) -> bool:
         """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then
