@@ -245,7 +245,14 @@ def test_embeddings_are_recognised_by_name() -> None:
         "tok_embedding",
     ):
         assert is_embedding(module + ".weight"), module
-    for module in ("embeddings.LayerNorm", "embed_out", "model.embed_proj", "patch_embeddings.projection", "q_proj"):
+    for module in (
+        "embeddings.LayerNorm",
+        "embed_out",
+        "x_embedder",
+        "model.embed_proj",
+        "patch_embeddings.projection",
+        "q_proj",
+    ):
         assert not is_embedding(module + ".weight"), module
     assert not is_embedding("model.position_embedding")
 

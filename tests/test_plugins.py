@@ -162,6 +162,14 @@ def test_exceptions_carry_the_plugins_name(pair: Pair, tmp_path: Path, monkeypat
         plugins.Plugins(installed=False, extra=(("mine", plugin(register_formats=broken)),))
     assert isinstance(error.value.__cause__, KeyError)
 
+    class Unreadable(FlatFormat):
+        def recognises(self, path: Path) -> bool:
+            raise KeyError("boom")
+
+    use(monkeypatch, ("mine", plugin(register_formats=registering(Unreadable()))))
+    with pytest.raises(PluginError, match="`mine` failed in `recognises` of `flat`: KeyError: 'boom'"):
+        lora_compress.inspect(pair[0])
+
     def fails(delta: Any, rank: int, *, seed: int, tolerance: float) -> Sequence[Any]:
         raise ZeroDivisionError("no")
 

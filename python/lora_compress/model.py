@@ -21,7 +21,7 @@ WEIGHT = ".weight"
 
 # Last component of the module: `embed_tokens`, `word_embeddings`, GPT-2's `wte` and `wpe`, T5's `shared` and its
 # position biases. GPT-NeoX's `embed_out` and the like are linear output layers.
-EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm)).*embed.*|wte|wpe|shared|relative_attention_bias")
+EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm|embedder|mapping)).*embed.*|wte|wpe|shared|relative_attention_bias")
 
 # transformers' `Conv1D` stores its weight as (in, out): the layers of that type, by the model types that have it.
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
@@ -19,7 +20,7 @@ import pluggy
 from lora_compress import hookspecs
 from lora_compress.adapter import Format
 from lora_compress.decompositions.interface import Decomposition
-from lora_compress.errors import PluginError
+from lora_compress.errors import LoraCompressError, PluginError
 
 # Named, not imported: the host depends on no plugin, and a built-in one has no way that a stranger's lacks.
 BUILT_IN = ("lora_compress.decompositions.ab", "lora_compress.formats.peft")
@@ -113,6 +114,14 @@ class Plugins:
         self._collect("register_decompositions", self.decompositions.add)
         self._collect("register_formats", self.formats.add)
 
+    def format_of(self, path: Path) -> Format | None:
+        """The format that recognises the adapter at `path`, if any."""
+        for form in self.formats:
+            with _blame(self.formats.origin(form.name), f"failed in `recognises` of `{form.name}`"):
+                if form.recognises(path):
+                    return form
+        return None
+
     def list(self) -> list[PluginInfo]:
         """All plugins in the order of loading."""
 
@@ -152,7 +161,8 @@ class _blame:  # noqa: N801 (a context manager used like a function)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, PluginError):
+        # What names its own cause (a broken file, a full disk) is not the plugin's failure.
+        if isinstance(error, Exception) and not isinstance(error, LoraCompressError | OSError):
             raise PluginError(f"plugin `{self._plugin}` {self._what}: {type(error).__name__}: {error}") from error
 
 

@@ -162,7 +162,8 @@ def extract(
         job = partial(job, seed=seed, tolerance=tolerance)
         for pair, (account, factors) in ordered_map(job, changed, lambda pair: pair.elements):
             if factors is not None:
-                account = replace(account, nbytes=account.nbytes + writer.write(pair.name, *factors))
+                with plugins.blame(host.formats.origin(target.name), f"failed to write `{pair.name}`"):
+                    account = replace(account, nbytes=account.nbytes + writer.write(pair.name, *factors))
             accounts.append(account)
             progress.advance(pair.tuned.nbytes, 1, pair.name)
         accounts += _untouched(base_model, tuned_model, selection, pairs)

@@ -69,7 +69,7 @@ def inspect(path: str | Path) -> InspectResult:
     does.
     """
     path = Path(path)
-    if any(form.recognises(path) for form in plugins.load().formats):
+    if plugins.load().format_of(path) is not None:
         files = sorted(path.glob("*.safetensors"))
         tensors = [tensor for file in files for tensor in Checkpoint(file).tensors()]
         config, manifest = read_json(path / "adapter_config.json"), read_manifest(path)

@@ -120,13 +120,15 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
     if not path.exists():
         raise FileNotFoundError(2, "No such adapter", str(path))
     host = plugins.load()
-    form = next((form for form in host.formats if form.recognises(path)), None)
+    form = host.format_of(path)
     if form is None:
         known = ", ".join(form.name for form in host.formats)
         raise AdapterError(
             f"`{path}` is not an adapter of any known format ({known}): is there an `adapter_config.json`?"
         )
-    adapter = with_side_file(form.read(path, base))
+    with plugins.blame(host.formats.origin(form.name), f"failed in `read` of `{form.name}`"):
+        adapter = form.read(path, base)
+    adapter = with_side_file(adapter)
     unknown = sorted(adapter.tensors() - set(names(base.checkpoint)))
     if unknown:
         raise AdapterError(
