@@ -7,7 +7,6 @@ is reported is the error of what is stored.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.selection import FLOATS, Pair, Selection, Treatment, refuse, select
+from lora_compress.verbs.selection import FLOATS, Pair, Selection, Treatment, matching, refuse, select
 
 if TYPE_CHECKING:
     from lora_compress.adapter import Float32Matrix
@@ -143,7 +142,7 @@ def extract(
         dtype=dtype,
         factors=[_planned(pair, rank) for pair in low_rank],
         tied_embedding=tied if any(pair.name == tied for pair in low_rank) else None,
-        embeddings=_matching(embeddings, [pair.name for pair in low_rank]),
+        embeddings=frozenset(matching("--embedding", embeddings, [pair.name for pair in low_rank])),
     )
     settings = {
         "rank": rank,
@@ -305,19 +304,6 @@ def _planned(pair: Pair, rank: int) -> PlannedFactors:
 
 def _row_bytes(pair: Pair) -> int:
     return pair.tuned.nbytes // pair.tuned.shape[0] if pair.tuned.shape and pair.tuned.shape[0] else 0
-
-
-def _matching(patterns: Sequence[str], tensors: Sequence[str]) -> frozenset[str]:
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            hits = {tensor for tensor in tensors if re.search(pattern, tensor)}
-        except re.error as error:
-            raise SelectionError(f"--embedding `{pattern}` is not a regular expression: {error}") from error
-        if not hits:
-            raise SelectionError(f"--embedding `{pattern}` matches no tensor that gets factors")
-        found |= hits
-    return frozenset(found)
 
 
 def _copy_tokenizer(tuned: Model, out: Path) -> None:

@@ -89,23 +89,25 @@ def select(
     return Selection(pairs, missing, tied)
 
 
+def matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Names in which any of the patterns is found; each pattern must be a regular expression and find one."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        try:
+            hits = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise SelectionError(f"{option} `{pattern}` is not a regular expression: {error}") from error
+        if not hits:
+            raise SelectionError(
+                f"{option} `{pattern}` matches no tensor; `lora-compress inspect --tensors` lists them"
+            )
+        matched |= hits
+    return matched
+
+
 def _chosen(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    chosen = set(names)
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        matched: set[str] = set()
-        for pattern in patterns:
-            try:
-                hits = {name for name in names if re.search(pattern, name)}
-            except re.error as error:
-                raise SelectionError(f"{option} `{pattern}` is not a regular expression: {error}") from error
-            if not hits:
-                raise SelectionError(
-                    f"{option} `{pattern}` matches no tensor; `lora-compress inspect --tensors` lists them"
-                )
-            matched |= hits
-        if patterns:
-            chosen = chosen & matched if option == "--include" else chosen - matched
-    return chosen
+    included = matching("--include", include, names) if include else set(names)
+    return included - matching("--exclude", exclude, names)
 
 
 def _pair(name: str, base: TensorInfo, tuned: TensorInfo, chosen: bool) -> Pair:
