@@ -50,6 +50,24 @@ impl Shard {
         &self.metadata
     }
 
+    /// Whether both are one file, by whatever names they were opened.
+    #[must_use]
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let identity = |shard: &Self| shard.file.metadata().ok().map(|data| (data.dev(), data.ino()));
+            identity(self).is_some_and(|id| identity(other) == Some(id))
+        }
+        #[cfg(not(unix))]
+        {
+            match (self.path.canonicalize(), other.path.canonicalize()) {
+                (Ok(ours), Ok(theirs)) => ours == theirs,
+                _ => false,
+            }
+        }
+    }
+
     fn open(path: &Path) -> Result<(Self, Vec<(String, TensorInfo)>)> {
         let fault = |fault| Error::Header { path: path.to_path_buf(), fault };
         let file = File::open(path).at(path)?;

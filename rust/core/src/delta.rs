@@ -1,35 +1,41 @@
-//! ΔW = W_tuned − W_base of one tensor: formed once, with its energy.
+//! ΔW = W_tuned − W_base of one tensor: its energy, and what decompositions need of it.
 //!
-//! Each element is the exact difference of the two stored values rounded once to f32. (bf16 checkpoints lose nothing there:
-//! Sterbenz's lemma makes most differences exact in bf16 already.) ‖Δ‖² and ‖W‖² are summed in f64.
-//!
-//! A tensor of any rank is seen as a matrix of `shape[0]` rows; a vector or scalar as a single row.
+//! The difference itself is not kept: whoever needs it exactly streams it ([`Difference`]). Kept is Δ rounded to bf16 and
+//! packed for the kernels, two bytes an element. For most bf16 checkpoints that loses next to nothing (Sterbenz's lemma: the
+//! difference of two bf16 within a factor of two of each other is a bf16); what it loses is measured (`lost`), and where
+//! that matters decompositions ask for an exact copy instead.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use faer::{Mat, MatRef};
+use bytemuck::Pod;
+use faer::{Mat, MatMut, MatRef};
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::{Dtype, Element, with_element};
+use crate::difference::{Difference, with_scratch};
 use crate::error::{Error, Result};
+use crate::kernel::{self, AREA, BLOCK, Sums};
 use crate::matrix::Matrix;
+use crate::packed::{Blocks, Packed};
 use crate::panels;
 
-/// Bytes of one side that are read at a time.
-const READ: usize = 1 << 20;
+/// Elements that are read and formed at a time.
+const READ: usize = 1 << 17;
 /// Outside 2^±40 the products of two passes over Δ would leave the range of f32.
 const COMFORTABLE: Range<f32> = 9.094_947e-13..1.099_511_6e12;
+/// A shorter side up to this is decomposed exactly, without a packed copy.
+pub(crate) const NARROW: usize = 192;
 
-/// The difference of one tensor, dense in memory.
+/// The difference of one tensor.
 #[derive(Debug)]
 pub struct Delta {
-    /// Δ·2^-exponent, row-major.
-    values: Vec<f32>,
-    rows: usize,
-    cols: usize,
+    difference: Difference,
+    /// Δ·2^-exponent in bf16, unless one side is [`NARROW`].
+    packed: Option<Packed>,
     exponent: i32,
     energy: f64,
     base_energy: f64,
+    lost: f64,
 }
 
 impl Delta {
@@ -38,29 +44,10 @@ impl Delta {
     ///
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::ShapeMismatch`], [`Error::Io`];
-    /// [`Error::NonFinite`] when either side holds NaN or an infinity, or the difference does not fit f32.
-    pub fn load(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<Self> {
-        let (rows, cols) = overlap(base, tuned, name)?;
-        let mut values = vec![0f32; rows * cols];
-        let height = (READ / (4 * cols.max(1))).clamp(1, rows.max(1));
-        let parts: Vec<Result<(f64, f64, f32)>> = {
-            use rayon::prelude::*;
-            values
-                .par_chunks_mut((height * cols).max(1))
-                .enumerate()
-                .map(|(panel, out)| subtract_panel(base, tuned, name, panel * height * cols, out))
-                .collect()
-        };
-        let (mut energy, mut base_energy, mut largest) = (0.0, 0.0, 0f32);
-        for part in parts {
-            let (delta_part, base_part, peak) = part?;
-            energy += delta_part;
-            base_energy += base_part;
-            largest = largest.max(peak);
-        }
-        let mut delta = Self { values, rows, cols, exponent: 0, energy, base_energy };
-        delta.normalise(largest);
-        Ok(delta)
+    /// [`Error::NonFinite`] when either side holds NaN or an infinity, [`Error::Overflow`] when the difference does not fit
+    /// f32.
+    pub fn load(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> Result<Self> {
+        Self::pack(Difference::open(base, tuned, name)?)
     }
 
     /// Wraps a difference that is already in memory (row-major).
@@ -68,38 +55,37 @@ impl Delta {
     /// # Errors
     /// [`Error::NonFinite`].
     pub fn from_values(values: Vec<f32>, rows: usize, cols: usize) -> Result<Self> {
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            let value = values.get(index).copied().map_or(f64::NAN, f64::from);
-            return Err(Error::NonFinite { path: "memory".into(), name: "delta".into(), index, value });
-        }
-        let energy = values.iter().map(|&value| f64::from(value).powi(2)).sum();
-        let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
-        let mut delta = Self { values, rows, cols, exponent: 0, energy, base_energy: 0.0 };
-        delta.normalise(largest);
-        Ok(delta)
+        Self::pack(Difference::from_values(values, rows, cols))
     }
 
-    /// Scales badly scaled values by a power of two, so that `largest` comes near 1.
-    fn normalise(&mut self, largest: f32) {
-        if largest > 0.0 && !COMFORTABLE.contains(&largest) {
-            self.exponent = largest.log2().floor() as i32;
-            // 2^-exponent itself can leave the range of f32, its two halves cannot.
-            let down = -self.exponent;
-            let (first, second) = (power_of_two(down / 2), power_of_two(down - down / 2));
-            self.values.iter_mut().for_each(|value| *value = *value * first * second);
+    fn pack(difference: Difference) -> Result<Self> {
+        let (rows, cols) = (difference.rows(), difference.cols());
+        if rows.min(cols) <= NARROW {
+            let sums = difference.sums()?;
+            let exponent = exponent(sums.largest);
+            let (energy, base_energy) = (sums.energy, sums.base_energy);
+            return Ok(Self { difference, packed: None, exponent, energy, base_energy, lost: 0.0 });
         }
+        let (mut sums, mut blocks, mut lost) = pack_bf16(&difference, 0)?;
+        let exponent = exponent(sums.largest);
+        if exponent != 0 {
+            drop(blocks);
+            (sums, blocks, lost) = pack_bf16(&difference, exponent)?;
+        }
+        let (energy, base_energy) = (sums.energy, sums.base_energy);
+        Ok(Self { difference, packed: Some(Packed::Bf16(blocks)), exponent, energy, base_energy, lost })
     }
 
     /// Rows of the matrix view.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.rows
+        self.difference.rows()
     }
 
     /// Columns of the matrix view.
     #[must_use]
     pub fn cols(&self) -> usize {
-        self.cols
+        self.difference.cols()
     }
 
     /// ‖Δ‖²_F.
@@ -115,189 +101,256 @@ impl Delta {
     }
 
     /// Rows `range` of Δ, row-major; rows beyond the last are left out.
-    #[must_use]
-    pub fn read_rows(&self, range: Range<usize>) -> Vec<f32> {
-        let end = range.end.min(self.rows);
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn read_rows(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        let end = range.end.min(self.rows());
         let begin = range.start.min(end);
-        self.flat(begin * self.cols, (end - begin) * self.cols)
-    }
-
-    /// `len` elements from flat index `begin` on.
-    pub(crate) fn flat(&self, begin: usize, len: usize) -> Vec<f32> {
-        let (first, second) = (power_of_two(self.exponent / 2), power_of_two(self.exponent - self.exponent / 2));
-        self.values.get(begin..begin + len).unwrap_or_default().iter().map(|v| v * first * second).collect()
+        let mut values = vec![0f32; (end - begin) * self.cols()];
+        with_scratch(0, |_, scratch| self.difference.read(begin * self.cols(), &mut values, scratch))?;
+        Ok(values)
     }
 
     /// Δ·x for x of shape `(cols, k)`.
-    #[must_use]
-    pub fn times(&self, x: &Matrix) -> Matrix {
-        let product = panels::tall_times_small(self.scaled(), x.view());
-        Matrix::from_faer(product.as_ref(), self.scale())
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`Error::UpdateShape`] when `x` does not fit.
+    pub fn times(&self, x: &Matrix) -> Result<Matrix> {
+        self.fits(x.rows() == self.cols(), &[x])?;
+        Ok(Matrix::from_faer(self.product(x.view())?.as_ref(), self.scale()))
     }
 
     /// Δᵀ·y for y of shape `(rows, k)`.
-    #[must_use]
-    pub fn transpose_times(&self, y: &Matrix) -> Matrix {
-        let product = panels::tall_times_small(self.scaled().transpose(), y.view());
-        Matrix::from_faer(product.as_ref(), self.scale())
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`Error::UpdateShape`] when `y` does not fit.
+    pub fn transpose_times(&self, y: &Matrix) -> Result<Matrix> {
+        self.fits(y.rows() == self.rows(), &[y])?;
+        Ok(Matrix::from_faer(self.transpose_product(y.view())?.as_ref(), self.scale()))
+    }
+
+    /// 2^-exponent·Δ·v in the tall orientation, from the difference itself.
+    pub(crate) fn tall_product(&self, v: MatRef<'_, f32>) -> Result<Mat<f32>> {
+        if self.rows() < self.cols() { self.transpose_product(v) } else { self.product(v) }
+    }
+
+    fn product(&self, x: MatRef<'_, f32>) -> Result<Mat<f32>> {
+        let parts = self.for_strips(
+            |rows| (rows.start, Mat::<f32>::zeros(rows.len(), x.ncols())),
+            |(first, product), rows, strip| {
+                let product = product.as_mut().subrows_mut(rows.start - *first, rows.len());
+                panels::multiply(product, strip.as_ref(), x);
+            },
+        )?;
+        let mut product = Mat::<f32>::zeros(self.rows(), x.ncols());
+        for (first, part) in parts {
+            product.as_mut().subrows_mut(first, part.nrows()).copy_from(part);
+        }
+        Ok(product)
+    }
+
+    fn transpose_product(&self, y: MatRef<'_, f32>) -> Result<Mat<f32>> {
+        let parts = self.for_strips(
+            |_| Mat::<f32>::zeros(self.cols(), y.ncols()),
+            |product, rows, strip| {
+                let y = y.subrows(rows.start, rows.len());
+                panels::multiply_add(product.as_mut(), strip.as_ref().transpose(), y, 1.0);
+            },
+        )?;
+        let mut product = Mat::<f32>::zeros(self.cols(), y.ncols());
+        for part in parts {
+            product += part;
+        }
+        Ok(product)
     }
 
     /// ‖Δ − B·A‖²_F, from the residual itself: right however small it is (`T − Σσ²` would cancel).
     ///
     /// # Errors
-    /// [`Error::UpdateShape`] when the factors do not fit.
+    /// As [`Self::load`]; [`Error::UpdateShape`] when the factors do not fit.
     pub fn residual_energy(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
-        if b.rows() != self.rows || a.cols() != self.cols || b.cols() != a.rows() {
-            return Err(Error::UpdateShape {
-                name: "delta".into(),
-                shape: vec![self.rows, self.cols],
-                what: "factors".into(),
-                found: vec![b.rows(), b.cols(), a.rows(), a.cols()],
-            });
-        }
-        const HEIGHT: usize = 64;
-        let down = f64::from(self.exponent).exp2().recip();
-        let parts = panels::map(panels::cut(self.rows, HEIGHT), |rows| {
-            let b_panel = b.view().subrows(rows.start, rows.len());
-            let b_panel = Mat::from_fn(rows.len(), b.cols(), |i, j| (f64::from(b_panel[(i, j)]) * down) as f32);
-            let mut product = vec![0f32; rows.len() * self.cols];
-            let out = faer::MatMut::from_row_major_slice_mut(&mut product, rows.len(), self.cols);
-            panels::multiply(out, b_panel.as_ref(), a.view());
-            let values = self.values.get(rows.start * self.cols..rows.end * self.cols).unwrap_or_default();
-            values.iter().zip(&product).map(|(&d, &p)| f64::from(d - p).powi(2)).sum::<f64>()
-        });
+        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
+        let down = self.scale().recip();
+        let parts = self.for_strips(
+            |_| 0f64,
+            |sum, rows, strip| {
+                let b = b.view().subrows(rows.start, rows.len());
+                let b = Mat::from_fn(rows.len(), b.ncols(), |i, j| (f64::from(b[(i, j)]) * down) as f32);
+                let cols = strip.ncols();
+                let residual = strip.values();
+                panels::multiply_add(
+                    MatMut::from_row_major_slice_mut(residual, rows.len(), cols),
+                    b.as_ref(),
+                    a.view(),
+                    -1.0,
+                );
+                *sum += kernel::sum_squares(residual);
+            },
+        )?;
         Ok(parts.iter().sum::<f64>() * self.scale().powi(2))
     }
 
-    /// Δ·2^-exponent as a matrix view: what decompositions work on.
-    pub(crate) fn scaled(&self) -> MatRef<'_, f32> {
-        MatRef::from_row_major_slice(&self.values, self.rows, self.cols)
+    /// All of Δ·2^-exponent in f64, in the tall orientation: what exact decompositions work on.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub(crate) fn tall_f64(&self) -> Result<Mat<f64>> {
+        let (rows, cols) = (self.rows(), self.cols());
+        let mut tall = Mat::<f64>::zeros(rows.max(cols), rows.min(cols));
+        let parts = self.for_strips(|_| Vec::new(), |kept, rows, strip| kept.push((rows, strip.values().to_vec())))?;
+        for (range, values) in parts.into_iter().flatten() {
+            for (i, row) in range.zip(values.chunks_exact(cols.max(1))) {
+                for (j, &value) in row.iter().enumerate() {
+                    let at = if rows < cols { (j, i) } else { (i, j) };
+                    tall[at] = f64::from(value);
+                }
+            }
+        }
+        Ok(tall)
     }
 
-    /// 2^exponent: what results on [`Self::scaled`] have to be multiplied with.
+    /// The packed copy in bf16, and ‖Δ − that‖²; both scaled by 2^-exponent. `None` for a narrow Δ.
+    pub(crate) fn packed(&self) -> Option<(&Packed, f64)> {
+        self.packed.as_ref().map(|packed| (packed, self.lost))
+    }
+
+    /// A packed copy that loses nothing, scaled by 2^-exponent.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub(crate) fn pack_exactly(&self) -> Result<Packed> {
+        let mut blocks = Blocks::zeros(self.rows(), self.cols());
+        fill(&self.difference, self.exponent, &mut blocks, |rows, cols, blocks| {
+            for (r, row) in rows.chunks_exact(cols).enumerate() {
+                for (values, block) in row.chunks(BLOCK).zip(blocks.chunks_exact_mut(AREA)) {
+                    block[r * BLOCK..r * BLOCK + values.len()].copy_from_slice(values);
+                }
+            }
+            0.0
+        })?;
+        Ok(Packed::F32(blocks))
+    }
+
+    /// 2^exponent: what results on scaled values have to be multiplied with.
     pub(crate) fn scale(&self) -> f64 {
         f64::from(self.exponent).exp2()
     }
+
+    /// Streams Δ·2^-exponent: chunks of rows side by side, each chunk strip by strip into what `begin` makes of its rows.
+    fn for_strips<A: Send>(
+        &self,
+        begin: impl Fn(Range<usize>) -> A + Sync,
+        step: impl Fn(&mut A, Range<usize>, Strip<'_>) + Sync,
+    ) -> Result<Vec<A>> {
+        /// Partial results are as many as chunks, so their number is bounded.
+        const CHUNKS: usize = 16;
+        const SHORTEST: usize = 32;
+        let cols = self.cols();
+        let height = (READ / cols.max(1)).clamp(SHORTEST, 1024);
+        let chunk = self.rows().div_ceil(CHUNKS).next_multiple_of(SHORTEST);
+        let parts = panels::map(panels::cut(self.rows(), chunk), |rows| {
+            let mut part = begin(rows.clone());
+            with_scratch(height.min(rows.len()) * cols, |values, scratch| {
+                for strip in panels::cut(rows.len(), height) {
+                    let strip = rows.start + strip.start..rows.start + strip.end;
+                    let values = &mut values[..strip.len() * cols];
+                    self.difference.read(strip.start * cols, values, scratch)?;
+                    rescale(values, self.exponent);
+                    step(&mut part, strip, Strip { values, cols });
+                }
+                Ok(part)
+            })
+        });
+        parts.into_iter().collect()
+    }
+
+    fn fits(&self, fits: bool, factors: &[&Matrix]) -> Result<()> {
+        if fits {
+            return Ok(());
+        }
+        Err(Error::UpdateShape {
+            name: "delta".into(),
+            shape: vec![self.rows(), self.cols()],
+            what: "factors".into(),
+            found: factors.iter().flat_map(|factor| [factor.rows(), factor.cols()]).collect(),
+        })
+    }
 }
 
-/// Whether two stored tensors have the same dtype, shape and bytes.
+/// Some rows of Δ, in memory for a moment.
+struct Strip<'a> {
+    values: &'a mut [f32],
+    cols: usize,
+}
+
+impl<'a> Strip<'a> {
+    fn ncols(&self) -> usize {
+        self.cols
+    }
+
+    fn as_ref(&self) -> MatRef<'_, f32> {
+        MatRef::from_row_major_slice(self.values, self.values.len() / self.cols.max(1), self.cols)
+    }
+
+    fn values(self) -> &'a mut [f32] {
+        self.values
+    }
+}
+
+/// ‖Δ‖² and ‖W_base‖² of a tensor, without a copy of it.
 ///
 /// # Errors
-/// [`Error::TensorMissing`], [`Error::Io`].
-pub fn same_bytes(left: (&Checkpoint, &str), right: (&Checkpoint, &str)) -> Result<bool> {
-    let ((our_file, our_name), (their_file, their_name)) = (left, right);
-    let (left, right) = (our_file.info(our_name)?, their_file.info(their_name)?);
-    if left.dtype != right.dtype || left.shape != right.shape {
-        return Ok(false);
-    }
-    let chunk = READ.min(left.nbytes as usize);
-    let (mut ours, mut theirs) = (vec![0u8; chunk], vec![0u8; chunk]);
-    let mut begin = 0;
-    while begin < left.nbytes {
-        let len = chunk.min((left.nbytes - begin) as usize);
-        let (ours, theirs) = (&mut ours[..len], &mut theirs[..len]);
-        our_file.read_bytes(our_name, begin, ours)?;
-        their_file.read_bytes(their_name, begin, theirs)?;
-        if ours != theirs {
-            return Ok(false);
-        }
-        begin += len as u64;
-    }
-    Ok(true)
+/// As [`Delta::load`].
+pub fn energies(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> Result<(f64, f64)> {
+    let sums = Difference::open(base, tuned, name)?.sums()?;
+    Ok((sums.energy, sums.base_energy))
 }
 
-/// Refuses NaN and infinities in the rows of a tensor from `first_row` on.
-///
-/// # Errors
-/// [`Error::NonFinite`], [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::Io`].
-pub fn check_finite(checkpoint: &Checkpoint, name: &str, first_row: usize) -> Result<()> {
-    let info = checkpoint.info(name)?;
-    let dtype = checkpoint.computable(name)?;
-    let rows = info.shape.first().copied().unwrap_or(1).max(1) as u64;
-    let size = dtype.bits() / 8;
-    let mut begin = info.nbytes / rows * (first_row as u64).min(rows);
-    let mut buffer = vec![0u8; READ];
-    while begin < info.nbytes {
-        let bytes = &mut buffer[..READ.min((info.nbytes - begin) as usize)];
-        checkpoint.read_bytes(name, begin, bytes)?;
-        if let Some((index, value)) = with_element!(dtype, E => first_non_finite::<E>(bytes)).flatten() {
-            let index = (begin / size) as usize + index;
-            return Err(Error::NonFinite { path: checkpoint.path().into(), name: name.into(), index, value });
-        }
-        begin += bytes.len() as u64;
-    }
-    Ok(())
+/// Δ·2^-exponent as blocks of bf16, its sums (unscaled), and what the rounding loses (scaled).
+fn pack_bf16(difference: &Difference, exponent: i32) -> Result<(Sums, Blocks<u16>, f64)> {
+    let mut blocks = Blocks::zeros(difference.rows(), difference.cols());
+    let (sums, lost) = fill(difference, exponent, &mut blocks, kernel::pack_rows)?;
+    Ok((sums, blocks, lost))
 }
 
-/// Matrix shape of the part that both sides have.
-fn overlap(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<(usize, usize)> {
-    let (left, right) = (&base.info(name)?.shape, &tuned.info(name)?.shape);
-    let mismatch = || Error::ShapeMismatch { name: name.into(), base: left.clone(), tuned: right.clone() };
-    match (left.as_slice(), right.as_slice()) {
-        ([], []) => Ok((1, 1)),
-        ([base_rows, base_rest @ ..], [tuned_rows, tuned_rest @ ..]) if base_rest == tuned_rest => {
-            if tuned_rows < base_rows {
-                return Err(mismatch());
-            }
-            let cols: usize = base_rest.iter().product();
-            Ok(if base_rest.is_empty() { (1, *base_rows) } else { (*base_rows, cols) })
-        }
-        _ => Err(mismatch()),
+/// Fills `blocks` strip by strip with what `pack(rows, cols, blocks)` makes of scaled rows; adds up sums and what `pack`
+/// returns.
+fn fill<T: Pod + Send + Sync>(
+    difference: &Difference,
+    exponent: i32,
+    blocks: &mut Blocks<T>,
+    pack: impl Fn(&[f32], usize, &mut [T]) -> f64 + Sync,
+) -> Result<(Sums, f64)> {
+    let (rows, cols) = (difference.rows(), difference.cols());
+    let parts = blocks.fill(|strip, blocks| {
+        let first = strip * BLOCK;
+        with_scratch((rows - first).min(BLOCK) * cols, |values, scratch| {
+            let sums = difference.read(first * cols, values, scratch)?;
+            rescale(values, exponent);
+            Ok((sums, pack(values, cols, blocks)))
+        })
+    })?;
+    let mut total = (Sums::default(), 0.0);
+    for (sums, lost) in parts {
+        total.0.add(sums);
+        total.1 += lost;
     }
+    Ok(total)
 }
 
-/// Fills `out` with the difference of the elements from flat index `begin` on; returns ‖Δ‖², ‖W_base‖² and max |Δ|.
-fn subtract_panel(
-    base: &Checkpoint,
-    tuned: &Checkpoint,
-    name: &str,
-    begin: usize,
-    out: &mut [f32],
-) -> Result<(f64, f64, f32)> {
-    let read = |side: &Checkpoint| -> Result<(Dtype, Vec<u8>)> {
-        let dtype = side.computable(name)?;
-        let size = (dtype.bits() / 8) as usize;
-        let mut bytes = vec![0u8; out.len() * size];
-        side.read_bytes(name, (begin * size) as u64, &mut bytes)?;
-        Ok((dtype, bytes))
-    };
-    let (base_dtype, base_bytes) = read(base)?;
-    let (tuned_dtype, tuned_bytes) = read(tuned)?;
-    let sums = with_element!(base_dtype, B => with_element!(tuned_dtype, T => {
-        subtract::<B, T>(&base_bytes, &tuned_bytes, out)
-    }))
-    .flatten()
-    .unwrap_or((f64::NAN, f64::NAN, 0.0));
-    if sums.0.is_finite() && sums.1.is_finite() {
-        return Ok(sums);
-    }
-    for (side, dtype, bytes) in [(base, base_dtype, &base_bytes), (tuned, tuned_dtype, &tuned_bytes)] {
-        let found = with_element!(dtype, E => first_non_finite::<E>(bytes)).flatten();
-        if let Some((index, value)) = found {
-            return Err(Error::NonFinite { path: side.path().into(), name: name.into(), index: begin + index, value });
-        }
-    }
-    let index = out.iter().position(|value| !value.is_finite()).unwrap_or(0);
-    Err(Error::Overflow { name: name.into(), index: begin + index, value: sums.0, dtype: Dtype::F32 })
+/// The power of two that brings badly scaled values near 1; 0 for all others.
+fn exponent(largest: f32) -> i32 {
+    if largest > 0.0 && !COMFORTABLE.contains(&largest) { largest.log2().floor() as i32 } else { 0 }
 }
 
-fn subtract<B: Element, T: Element>(base: &[u8], tuned: &[u8], out: &mut [f32]) -> (f64, f64, f32) {
-    let (mut energy, mut base_energy, mut largest) = (0.0, 0.0, 0f32);
-    let pairs = base.chunks_exact(B::BYTES).zip(tuned.chunks_exact(T::BYTES));
-    for (value, (b, t)) in out.iter_mut().zip(pairs) {
-        let b = B::read(b);
-        // The f64 difference of two f32 values, rounded to f32, is their correctly rounded difference: 53 ≥ 2·24 + 2.
-        let delta = (T::read(t) - b) as f32;
-        *value = delta;
-        energy += f64::from(delta) * f64::from(delta);
-        base_energy += b * b;
-        largest = largest.max(delta.abs());
+/// `values·2^-exponent`, exactly but where that is subnormal.
+fn rescale(values: &mut [f32], exponent: i32) {
+    if exponent != 0 {
+        // 2^-exponent itself can leave the range of f32, its two halves cannot.
+        let (first, second) = (power_of_two(-exponent / 2), power_of_two(-exponent - -exponent / 2));
+        values.iter_mut().for_each(|value| *value = *value * first * second);
     }
-    (energy, base_energy, largest)
-}
-
-fn first_non_finite<E: Element>(bytes: &[u8]) -> Option<(usize, f64)> {
-    bytes.chunks_exact(E::BYTES).map(E::read).enumerate().find(|(_, value)| !value.is_finite())
 }
 
 fn power_of_two(exponent: i32) -> f32 {

@@ -12,11 +12,11 @@
 //! 5. [`merge_shard`] writes W' = round(W + s·B·A), [`compare`] says how far that is from tuned.
 //!
 //! ```
-//! use lora_compress_core::{Delta, SvdOptions, truncated_svd};
+//! use lora_compress_core::{Delta, SvdOptions, Target, truncated_svd};
 //!
 //! // A rank-1 difference is found exactly.
 //! let delta = Delta::from_values(vec![1.0, 2.0, 2.0, 4.0, 3.0, 6.0], 3, 2)?;
-//! let svd = truncated_svd(&delta, SvdOptions { rank: 2, tolerance: 1e-4, seed: 0 })?;
+//! let svd = truncated_svd(&delta, SvdOptions { target: Target::Rank(2), tolerance: 1e-4, seed: 0 })?;
 //! assert_eq!(svd.sigma.len(), 1);
 //! assert!((svd.sigma[0] - 70f64.sqrt()).abs() < 1e-6);
 //! # Ok::<(), lora_compress_core::Error>(())
@@ -29,27 +29,35 @@
 
 mod checkpoint;
 mod delta;
+mod difference;
 mod dtype;
 mod error;
 mod header;
+mod kernel;
 mod matrix;
+mod memory;
 mod merge;
+mod packed;
 mod panels;
 mod pattern;
+mod same;
 mod svd;
 mod update;
 mod verify;
 mod write;
 
 pub use checkpoint::{Checkpoint, Shard};
-pub use delta::{Delta, check_finite, same_bytes};
+pub use delta::{Delta, energies};
+pub use difference::check_finite;
 pub use dtype::{Dtype, decode, encode, round_to};
 pub use error::{Error, HeaderFault, IndexFault, Result};
 pub use header::TensorInfo;
+pub use kernel::Kernel;
 pub use matrix::Matrix;
 pub use merge::{Updates, merge_shard, unknown_tensors};
 pub use pattern::first_match;
-pub use svd::{SvdOptions, TruncatedSvd, tensor_seed, truncated_svd};
+pub use same::same_bytes;
+pub use svd::{SvdOptions, Target, TruncatedSvd, tensor_seed, truncated_svd};
 pub use update::{LoadedUpdate, LowRank, Source, Update};
 pub use verify::{Comparison, compare};
 pub use write::{Spec, Writer};

@@ -47,9 +47,31 @@ impl Matrix {
 
     /// `scale·matrix`, copied into row-major order.
     pub(crate) fn from_faer(matrix: MatRef<'_, f32>, scale: f64) -> Self {
+        Self::from_columns(matrix, &vec![scale; matrix.ncols()])
+    }
+
+    /// `matrix·diag(factors)`.
+    pub(crate) fn from_columns(matrix: MatRef<'_, f32>, factors: &[f64]) -> Self {
         let (rows, cols) = (matrix.nrows(), matrix.ncols());
-        let values =
-            (0..rows).flat_map(|i| (0..cols).map(move |j| (f64::from(matrix[(i, j)]) * scale) as f32)).collect();
+        let mut values = vec![0f32; rows * cols];
+        // Columns of the source are contiguous, rows of the result are: go by strips in which both stay in cache.
+        for first in (0..rows).step_by(64) {
+            for (j, factor) in factors.iter().enumerate() {
+                for i in first..rows.min(first + 64) {
+                    values[i * cols + j] = (f64::from(matrix[(i, j)]) * factor) as f32;
+                }
+            }
+        }
         Self { rows, cols, values }
+    }
+
+    /// `(matrix·diag(factors))ᵀ`.
+    pub(crate) fn from_transposed_columns(matrix: MatRef<'_, f32>, factors: &[f64]) -> Self {
+        let (rows, cols) = (matrix.nrows(), matrix.ncols());
+        let mut values = Vec::with_capacity(rows * cols);
+        for (j, factor) in factors.iter().enumerate() {
+            values.extend((0..rows).map(|i| (f64::from(matrix[(i, j)]) * factor) as f32));
+        }
+        Self { rows: cols, cols: rows, values }
     }
 }

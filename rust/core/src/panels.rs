@@ -9,6 +9,9 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use crate::error::Result;
+use crate::kernel;
+
 /// Cuts `rows` into ranges of `height`, the last one shorter.
 pub(crate) fn cut(rows: usize, height: usize) -> Vec<Range<usize>> {
     let height = height.max(1);
@@ -18,6 +21,19 @@ pub(crate) fn cut(rows: usize, height: usize) -> Vec<Range<usize>> {
 /// Runs `job` on every range in parallel and returns the results in order.
 pub(crate) fn map<T: Send>(ranges: Vec<Range<usize>>, job: impl Fn(Range<usize>) -> T + Sync + Send) -> Vec<T> {
     ranges.into_par_iter().map(job).collect()
+}
+
+/// Whether `job` holds for every range. With a `scratch` for each thread; ends early when it does not hold or fails.
+pub(crate) fn all<S>(
+    ranges: Vec<Range<usize>>,
+    scratch: impl Fn() -> S + Sync + Send,
+    job: impl Fn(Range<usize>, &mut S) -> Result<bool> + Sync + Send,
+) -> Result<bool> {
+    let outcome = ranges.into_par_iter().map_init(scratch, |scratch, range| match job(range, scratch) {
+        Ok(true) => Ok(()),
+        other => Err(other),
+    });
+    outcome.collect::<std::result::Result<(), Result<bool>>>().map_or_else(|other| other, |()| Ok(true))
 }
 
 /// `dst = alpha·lhs·rhs` on the calling thread.
@@ -32,19 +48,73 @@ pub(crate) fn multiply_add(dst: MatMut<'_, f32>, lhs: MatRef<'_, f32>, rhs: MatR
 
 /// `leftᵀ·right` of two tall f32 matrices, summed in f64.
 pub(crate) fn gram(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Mat<f64> {
-    // Tall enough to amortise the conversion, small enough for the converted panels to stay in cache.
+    /// Columns in a tile.
+    const TILE: usize = 4;
+    // Short enough for a panel of many columns to stay in cache.
     const HEIGHT: usize = 512;
-    let widen = |m: MatRef<'_, f32>, rows: &Range<usize>| {
-        let panel = m.subrows(rows.start, rows.len());
-        Mat::from_fn(panel.nrows(), panel.ncols(), |i, j| f64::from(panel[(i, j)]))
-    };
-    let parts = map(cut(left.nrows(), HEIGHT), |rows| {
+    add_up(left, right, HEIGHT, |left, right| {
         let mut part = Mat::<f64>::zeros(left.ncols(), right.ncols());
-        let (l, r) = (widen(left, &rows), widen(right, &rows));
-        matmul(part.as_mut(), Accum::Replace, l.as_ref().transpose(), r.as_ref(), 1.0, Par::Seq);
+        for j in (0..right.ncols()).step_by(TILE) {
+            let right_columns = columns::<TILE>(right, j);
+            for i in (0..left.ncols()).step_by(TILE) {
+                let tile = kernel::inner_tile(&columns::<TILE>(left, i), &right_columns);
+                for (i, row) in (i..left.ncols()).zip(tile) {
+                    for (j, value) in (j..right.ncols()).zip(row) {
+                        part[(i, j)] = value;
+                    }
+                }
+            }
+        }
+        part
+    })
+}
+
+/// `N` columns from the first on, the last again where there are no more.
+fn columns<const N: usize>(matrix: MatRef<'_, f32>, first: usize) -> [&[f32]; N] {
+    std::array::from_fn(|n| {
+        let column = matrix.col((first + n).min(matrix.ncols() - 1));
+        column.try_as_col_major().map_or(&[][..], |column| column.as_slice())
+    })
+}
+
+/// `leftᵀ·right` on the calling thread.
+pub(crate) fn inner_f64(left: MatRef<'_, f64>, right: MatRef<'_, f64>) -> Mat<f64> {
+    let mut product = Mat::<f64>::zeros(left.ncols(), right.ncols());
+    matmul(product.as_mut(), Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
+    product
+}
+
+/// One step of classical Gram–Schmidt: `block − basis·basisᵀ·block`. Returns how much of a column that takes away, relatively, at
+/// most over all columns.
+pub(crate) fn project_out(basis: MatRef<'_, f32>, block: &mut Mat<f32>) -> f32 {
+    const HEIGHT: usize = 1024;
+    let overlap = add_up(basis, block.as_ref(), HEIGHT, |basis, block| {
+        let mut part = Mat::<f32>::zeros(basis.ncols(), block.ncols());
+        multiply(part.as_mut(), basis.transpose(), block);
         part
     });
-    let mut sum = Mat::<f64>::zeros(left.ncols(), right.ncols());
+    let shares = block.col_iter().zip(overlap.col_iter()).map(|(column, taken)| taken.norm_l2() / column.norm_l2());
+    let most = shares.fold(0f32, f32::max);
+    for_row_strips(block.as_mut(), HEIGHT, |rows, strip| {
+        multiply_add(strip, basis.subrows(rows.start, rows.len()), overlap.as_ref(), -1.0);
+    });
+    most
+}
+
+/// The sum of `job(left panel, right panel)` over panels of `height` rows, in order.
+fn add_up<T>(
+    left: MatRef<'_, f32>,
+    right: MatRef<'_, f32>,
+    height: usize,
+    job: impl Fn(MatRef<'_, f32>, MatRef<'_, f32>) -> Mat<T> + Sync + Send,
+) -> Mat<T>
+where
+    T: faer::traits::ComplexField + Send,
+{
+    let parts = map(cut(left.nrows(), height), |rows| {
+        job(left.subrows(rows.start, rows.len()), right.subrows(rows.start, rows.len()))
+    });
+    let mut sum = Mat::<T>::zeros(left.ncols(), right.ncols());
     for part in parts {
         sum += part;
     }
@@ -54,14 +124,27 @@ pub(crate) fn gram(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Mat<f64> {
 /// `left·right` of a tall f32 matrix and a small one, by row panels.
 pub(crate) fn tall_times_small(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Mat<f32> {
     const HEIGHT: usize = 1024;
-    let parts = map(cut(left.nrows(), HEIGHT), |rows| {
-        let mut part = Mat::<f32>::zeros(rows.len(), right.ncols());
-        multiply(part.as_mut(), left.subrows(rows.start, rows.len()), right);
-        (rows, part)
-    });
     let mut out = Mat::<f32>::zeros(left.nrows(), right.ncols());
-    for (rows, part) in parts {
-        out.as_mut().subrows_mut(rows.start, rows.len()).copy_from(part);
-    }
+    for_row_strips(out.as_mut(), HEIGHT, |rows, strip| multiply(strip, left.subrows(rows.start, rows.len()), right));
     out
+}
+
+/// Runs `job` on strips of `height` rows of a matrix, in parallel.
+fn for_row_strips(
+    matrix: MatMut<'_, f32>,
+    height: usize,
+    job: impl Fn(Range<usize>, MatMut<'_, f32>) + Sync + Send,
+) {
+    fn split(rows: Range<usize>, matrix: MatMut<'_, f32>, height: usize, job: &(impl Fn(Range<usize>, MatMut<'_, f32>) + Sync)) {
+        if rows.len() <= height {
+            return job(rows, matrix);
+        }
+        let half = (rows.len().div_ceil(height) / 2) * height;
+        let (top, bottom) = matrix.split_at_row_mut(half);
+        let middle = rows.start + half;
+        rayon::join(|| split(rows.start..middle, top, height, job), || split(middle..rows.end, bottom, height, job));
+    }
+    if matrix.ncols() > 0 {
+        split(0..matrix.nrows(), matrix, height, &job);
+    }
 }

@@ -1,7 +1,9 @@
 //! Verifying: what a merge would give for one tensor, compared with the tuned model, without writing anything.
 
+use std::sync::Arc;
+
 use crate::checkpoint::Checkpoint;
-use crate::delta::Delta;
+use crate::difference::{Difference, with_scratch};
 use crate::dtype::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::panels;
@@ -25,17 +27,17 @@ pub struct Comparison {
 /// Compares base + update with tuned.
 ///
 /// # Errors
-/// As [`Delta::load`] and [`Update::load`].
-pub fn compare(base: &Checkpoint, tuned: &Checkpoint, name: &str, update: &Update) -> Result<Comparison> {
+/// As [`crate::Delta::load`] and [`Update::load`].
+pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, update: &Update) -> Result<Comparison> {
     const BYTES: usize = 1 << 20;
-    let delta = Delta::load(base, tuned, name)?;
+    let difference = Difference::open(base, tuned, name)?;
     let update = update.load(base, name)?;
     let (rows, cols) = update.matrix_shape();
     let base_dtype = base.computable(name)?;
     let tuned_dtype = tuned.computable(name)?;
     // A vector is a row to the delta and a column to the update: compare by flat index.
     let parts =
-        panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<(f64, f64, f64)> {
+        panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<[f64; 4]> {
             let (begin, len) = (range.start * cols, range.len() * cols);
             let approximation = update.delta_rows(range.clone())?;
             let merged_bytes = update.merged_rows(range)?;
@@ -46,7 +48,8 @@ pub fn compare(base: &Checkpoint, tuned: &Checkpoint, name: &str, update: &Updat
                     .ok_or_else(|| base.unsupported(name, dtype))
             };
             let (merged, target) = (decode(base_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
-            let exact = delta.flat(begin, len);
+            let mut exact = vec![0f32; len];
+            let sums = with_scratch(0, |_, scratch| difference.read(begin, &mut exact, scratch))?;
             let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
             for (((&d, &a), &m), &t) in exact.iter().zip(&approximation).zip(&merged).zip(&target) {
                 let distance = m - t;
@@ -55,17 +58,19 @@ pub fn compare(base: &Checkpoint, tuned: &Checkpoint, name: &str, update: &Updat
                 largest = largest.max(distance.abs());
             }
             // A replacement is exact but for the rounding that the merge does, so its own error is that of the merged tensor.
-            Ok((if update.is_replacement() { merged_error } else { error }, merged_error, largest))
+            let own_error = if update.is_replacement() { merged_error } else { error };
+            Ok([sums.energy, own_error, merged_error, largest])
         });
     let mut result = Comparison {
-        delta_energy: delta.energy(),
+        delta_energy: 0.0,
         error_energy: 0.0,
         merged_error_energy: 0.0,
         largest: 0.0,
         new_rows_equal: true,
     };
     for part in parts {
-        let (error, merged_error, largest) = part?;
+        let [energy, error, merged_error, largest] = part?;
+        result.delta_energy += energy;
         result.error_energy += error;
         result.merged_error_energy += merged_error;
         result.largest = result.largest.max(largest);

@@ -67,14 +67,27 @@ impl Delta {
 
     /// Leading singular triplets Δ ≈ U·diag(σ)·Vᵀ: U float32 (rows, r), σ float64 (r,), Vᵀ float32 (r, cols).
     ///
-    /// r is `rank`, or less when fewer singular values differ from zero. The error ‖Δ − UσVᵀ‖ is at most `tolerance`
-    /// above the optimum, relatively. Deterministic in (seed, name), whatever the number of threads.
-    #[pyo3(signature = (rank, *, seed=0, tolerance=1e-4))]
-    fn truncated_svd<'py>(&self, py: Python<'py>, rank: usize, seed: u64, tolerance: f64) -> PyResult<Svd<'py>> {
-        if rank == 0 || !(tolerance > 0.0 && tolerance.is_finite()) {
-            return Err(PyValueError::new_err("rank and tolerance must be positive"));
+    /// r is `rank`, or less when fewer singular values differ from zero; with `error` instead, as many as bring the error down
+    /// to that share of ‖Δ‖. The error ‖Δ − UσVᵀ‖ is at most `tolerance` above the optimum of its rank, relatively.
+    /// Deterministic in (seed, name), whatever the number of threads.
+    #[pyo3(signature = (rank=None, *, error=None, seed=0, tolerance=1e-4))]
+    fn truncated_svd<'py>(
+        &self,
+        py: Python<'py>,
+        rank: Option<usize>,
+        error: Option<f64>,
+        seed: u64,
+        tolerance: f64,
+    ) -> PyResult<Svd<'py>> {
+        let target = match (rank, error) {
+            (Some(rank), None) if rank > 0 => core::Target::Rank(rank),
+            (None, Some(error)) if error > 0.0 && error < 1.0 => core::Target::Error(error),
+            _ => return Err(PyValueError::new_err("give a positive rank, or an error between 0 and 1")),
+        };
+        if !(tolerance > 0.0 && tolerance.is_finite()) {
+            return Err(PyValueError::new_err("tolerance must be positive"));
         }
-        let options = core::SvdOptions { rank, tolerance, seed: core::tensor_seed(seed, &self.name) };
+        let options = core::SvdOptions { target, tolerance, seed: core::tensor_seed(seed, &self.name) };
         let svd = gate::run(py, || core::truncated_svd(&self.inner, options))?;
         Ok((array(py, svd.u)?, svd.sigma.into_pyarray(py), array(py, svd.vt)?))
     }
@@ -94,7 +107,7 @@ impl Delta {
     fn rows<'py>(&self, py: Python<'py>, start: usize, stop: usize) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let (rows, cols) = self.shape();
         let stop = stop.min(rows);
-        let values = self.inner.read_rows(start.min(stop)..stop);
+        let values = gate::run(py, || self.inner.read_rows(start.min(stop)..stop))?;
         values.into_pyarray(py).reshape([stop - start.min(stop), cols])
     }
 
@@ -104,7 +117,7 @@ impl Delta {
         if x.rows() != self.inner.cols() {
             return Err(PyValueError::new_err(format!("x has {} rows, Δ has {} columns", x.rows(), self.inner.cols())));
         }
-        array(py, gate::run(py, || Ok(self.inner.times(&x)))?)
+        array(py, gate::run(py, || self.inner.times(&x))?)
     }
 
     /// Δᵀ·y for y float32 (rows, k).
@@ -113,12 +126,18 @@ impl Delta {
         if y.rows() != self.inner.rows() {
             return Err(PyValueError::new_err(format!("y has {} rows, Δ has {}", y.rows(), self.inner.rows())));
         }
-        array(py, gate::run(py, || Ok(self.inner.transpose_times(&y)))?)
+        array(py, gate::run(py, || self.inner.transpose_times(&y))?)
     }
 
     fn __repr__(&self) -> String {
         format!("Delta({:?}, shape={:?})", self.name, self.shape())
     }
+}
+
+/// (‖Δ‖², ‖W_base‖²) of a tensor: what `Delta` gives, without a copy in memory. Raises as `Delta` does.
+#[pyfunction]
+pub fn energies(py: Python<'_>, base: &Checkpoint, tuned: &Checkpoint, name: &str) -> PyResult<(f64, f64)> {
+    gate::run(py, || core::energies(&base.inner, &tuned.inner, name))
 }
 
 /// float32 values rounded to `dtype` ("BF16", "F16", "F32") and back: what a file of that dtype would hold.
@@ -145,7 +164,8 @@ pub fn parse_dtype(name: &str) -> PyResult<core::Dtype> {
 fn matrix(values: &PyReadonlyArray2<'_, f32>) -> PyResult<core::Matrix> {
     let view = values.as_array();
     let (rows, cols) = view.dim();
-    core::Matrix::new(rows, cols, view.iter().copied().collect())
+    let values = view.as_slice().map_or_else(|| view.iter().copied().collect(), <[f32]>::to_vec);
+    core::Matrix::new(rows, cols, values)
         .ok_or_else(|| PyValueError::new_err("the array's shape overflows"))
 }
 

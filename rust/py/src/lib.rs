@@ -25,6 +25,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(delta::energies, module)?)?;
     module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(merge::compare, module)?)?;

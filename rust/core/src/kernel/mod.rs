@@ -1,0 +1,171 @@
+//! The products with Δ, by the fastest instructions of the machine: the only room with `unsafe`.
+//!
+//! A packed Δ is cut into blocks of [`BLOCK`]×[`BLOCK`] elements ([`crate::packed`]). One step of the iteration reads it once
+//! and uses every block twice, while it is in cache: for Y = Δ·V and for Z = Δᵀ·Y. All kernels share that walk
+//! ([`walk`]); they differ in how one block is multiplied with `16·groups` columns ([`Multiply`]):
+//!
+//! | kernel | stored | multiplies |
+//! |---|---|---|
+//! | `amx` | bf16 | 16×32 tiles, `tdpbf16ps` |
+//! | `avx512bf16` | bf16 | pairs, `vdpbf16ps` |
+//! | `avx512`, `avx2`, `portable` | bf16 or f32 | f32 |
+//!
+//! The operand of a bf16 kernel has bf16 values, in pairs along the summed index; sums are f32. A block is multiplied
+//! *plain* (Δ·X) or *turned* (Δᵀ·X); bf16 kernels interleave two rows into pairs for the latter.
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod elementwise;
+mod kernels;
+#[cfg(test)]
+mod tests;
+mod vector;
+mod walk;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::sync::OnceLock;
+
+pub(crate) use elementwise::{Sums, inner_tile, pack_rows, subtract, sum_squares, widen_bf16};
+use faer::{Mat, MatRef};
+
+use crate::packed::Packed;
+
+/// Rows and columns of a block.
+pub(crate) const BLOCK: usize = 32;
+/// Columns of one group: a zmm register of f32, or two ymm.
+pub(crate) const GROUP: usize = 16;
+/// Elements of a block, and of two groups' worth of a block's rows.
+pub(crate) const AREA: usize = BLOCK * BLOCK;
+/// Operand or result elements of one block and one group.
+pub(crate) const CELL: usize = BLOCK * GROUP;
+
+/// Instructions that products with Δ use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Intel AMX tiles in bf16.
+    Amx,
+    /// AVX-512 with `vdpbf16ps`.
+    Avx512Bf16,
+    /// AVX-512 in f32.
+    Avx512,
+    /// AVX2 with FMA in f32.
+    Avx2,
+    /// What every CPU has, as the compiler vectorises it.
+    Portable,
+}
+
+impl Kernel {
+    /// All kernels, fastest first.
+    pub const ALL: [Self; 5] = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
+
+    /// The name that `LORA_COMPRESS_KERNEL` knows it by.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Amx => "amx",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+
+    /// Whether this machine can run it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("fma");
+            match self {
+                Self::Amx => avx512 && amx::is_permitted(),
+                Self::Avx512Bf16 => avx512 && has!("avx512bf16"),
+                Self::Avx512 => avx512,
+                Self::Avx2 => has!("avx2") && has!("fma"),
+                Self::Portable => true,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Self::Portable
+        }
+    }
+
+    /// The kernel in use: the one that `LORA_COMPRESS_KERNEL` names, else the fastest that this machine can run.
+    ///
+    /// An unknown or unavailable name is no reason to fail: [`Self::chosen`] tells it.
+    #[must_use]
+    pub fn current() -> Self {
+        static CURRENT: OnceLock<Kernel> = OnceLock::new();
+        *CURRENT.get_or_init(|| Self::chosen().unwrap_or_else(|_| Self::fastest()))
+    }
+
+    /// As [`Self::current`], with an error for a name that is unknown or cannot run here.
+    ///
+    /// # Errors
+    /// The name, when no available kernel has it.
+    pub fn chosen() -> Result<Self, String> {
+        let Some(name) = std::env::var_os("LORA_COMPRESS_KERNEL").filter(|name| !name.is_empty()) else {
+            return Ok(Self::fastest());
+        };
+        let found = Self::ALL.into_iter().find(|kernel| name == kernel.name() && kernel.is_available());
+        found.ok_or_else(|| name.to_string_lossy().into_owned())
+    }
+
+    /// `vdpbf16ps` issues at half the rate of an f32 multiply-add on Intel and at the same rate on AMD: per flop it gains
+    /// nothing on the former.
+    fn fastest() -> Self {
+        let slow_pairs = cfg!(target_arch = "x86_64") && !is_amd();
+        Self::ALL
+            .into_iter()
+            .filter(|kernel| !(slow_pairs && *kernel == Self::Avx512Bf16))
+            .find(|kernel| kernel.is_available())
+            .unwrap_or(Self::Portable)
+    }
+
+    /// Whether it multiplies bf16 values only.
+    pub(crate) fn rounds_operands(self) -> bool {
+        matches!(self, Self::Amx | Self::Avx512Bf16)
+    }
+
+    /// Columns that a product is best given at a time: multiples of this.
+    pub(crate) fn preferred_width(self) -> usize {
+        match self {
+            // Tiles are taken two by two; and one step is bound by reading Δ, not by arithmetic.
+            Self::Amx => 2 * GROUP,
+            _ => GROUP,
+        }
+    }
+
+    /// The kernel that multiplies f32 blocks on this machine, where `self` multiplies bf16 only.
+    pub(crate) fn for_f32(self) -> Self {
+        match self {
+            Self::Amx | Self::Avx512Bf16 => Self::Avx512,
+            other => other,
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_amd() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    // "AuthenticAMD" in EBX, EDX, ECX.
+    (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_amd() -> bool {
+    false
+}
+
+/// Y = Δ·V and Z = Δᵀ·Y in the tall orientation (Δ or its transpose, whichever has more rows), with one read of Δ.
+///
+/// `v` has as many rows as the shorter side. A kernel that rounds operands expects bf16 values in it.
+pub(crate) fn both_products(kernel: Kernel, packed: &Packed, v: MatRef<'_, f32>) -> (Mat<f32>, Mat<f32>) {
+    match packed {
+        Packed::Bf16(blocks) => kernels::bf16_blocks(kernel, blocks, v),
+        Packed::F32(blocks) => kernels::f32_blocks(kernel.for_f32(), blocks, v),
+    }
+}

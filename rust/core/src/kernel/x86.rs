@@ -1,0 +1,143 @@
+//! The vector registers of x86-64.
+
+use std::arch::x86_64::*;
+
+use super::vector::Lanes;
+use super::{AREA, BLOCK};
+
+/// A ymm register of f32.
+pub(super) struct Avx2;
+
+impl Lanes for Avx2 {
+    type Word = f32;
+    type Sums = __m256;
+    const WIDTH: usize = 8;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m256 {
+        // SAFETY: the caller vouches for bounds and instructions, here and below.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(sums: __m256, to: *mut f32) {
+        // SAFETY: see `load`.
+        unsafe { _mm256_storeu_ps(to, sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m256, word: *const f32, x: *const f32) -> __m256 {
+        // SAFETY: see `load`.
+        unsafe { _mm256_fmadd_ps(_mm256_set1_ps(*word), _mm256_loadu_ps(x), sums) }
+    }
+}
+
+/// A zmm register of f32.
+pub(super) struct Avx512;
+
+impl Lanes for Avx512 {
+    type Word = f32;
+    type Sums = __m512;
+    const WIDTH: usize = 16;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for bounds and instructions, here and below.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(sums: __m512, to: *mut f32) {
+        // SAFETY: see `load`.
+        unsafe { _mm512_storeu_ps(to, sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m512, word: *const f32, x: *const f32) -> __m512 {
+        // SAFETY: see `load`.
+        unsafe { _mm512_fmadd_ps(_mm512_set1_ps(*word), _mm512_loadu_ps(x), sums) }
+    }
+}
+
+/// A zmm register of f32 sums of products of bf16 pairs.
+pub(super) struct Avx512Bf16;
+
+impl Lanes for Avx512Bf16 {
+    type Word = u32;
+    type Sums = __m512;
+    const WIDTH: usize = 16;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for bounds and instructions, here and below.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(sums: __m512, to: *mut f32) {
+        // SAFETY: see `load`.
+        unsafe { _mm512_storeu_ps(to, sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m512, word: *const u32, x: *const u32) -> __m512 {
+        // SAFETY: see `load`; __m512i and __m512bh have the same size and any bits are valid in both.
+        unsafe {
+            let (word, x) = (_mm512_set1_epi32((*word).cast_signed()), _mm512_loadu_si512(x.cast()));
+            _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(word), std::mem::transmute::<__m512i, __m512bh>(x))
+        }
+    }
+}
+
+/// Interleaves the rows of a block two by two: `pairs[i][n] = (block[2i][n], block[2i + 1][n])`.
+///
+/// # Safety
+/// AVX-512 BW must be available, and `pairs` writable.
+#[inline(always)]
+pub(super) unsafe fn interleave(block: &[u16; AREA], pairs: *mut [u32; AREA / 2]) {
+    // Element 2n of the result is element n of the even row, element 2n + 1 that of the odd one (at 32 + n).
+    const PLACES: [u16; 2 * BLOCK] = {
+        let mut places = [0; 2 * BLOCK];
+        let mut n = 0;
+        while n < BLOCK {
+            places[2 * n] = n as u16;
+            places[2 * n + 1] = (BLOCK + n) as u16;
+            n += 1;
+        }
+        places
+    };
+    // SAFETY: a row of a block is one register, two rows of pairs are four; the caller vouches for the instructions.
+    unsafe {
+        let left = _mm512_loadu_si512(PLACES.as_ptr().cast());
+        let right = _mm512_loadu_si512(PLACES.as_ptr().add(BLOCK).cast());
+        for i in 0..BLOCK / 2 {
+            let even = _mm512_loadu_si512(block.as_ptr().add(2 * i * BLOCK).cast());
+            let odd = _mm512_loadu_si512(block.as_ptr().add((2 * i + 1) * BLOCK).cast());
+            let pairs = pairs.cast::<u32>().add(i * BLOCK);
+            _mm512_storeu_si512(pairs.cast(), _mm512_permutex2var_epi16(even, left, odd));
+            _mm512_storeu_si512(pairs.add(BLOCK / 2).cast(), _mm512_permutex2var_epi16(even, right, odd));
+        }
+    }
+}
+
+/// Eight partial sums of each of the inner products of four columns with four others.
+///
+/// # Safety
+/// Every pointer must have `rows` f32 behind it, a multiple of eight, and AVX-512 F be available.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn inner_tile(left: [*const f32; 4], right: [*const f32; 4], rows: usize) -> [[[f64; 8]; 4]; 4] {
+    let mut sums = [[_mm512_setzero_pd(); 4]; 4];
+    for k in (0..rows).step_by(8) {
+        // SAFETY: the caller vouches for the bounds.
+        let wide = right.map(|column| unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(column.add(k))) });
+        for (sums, column) in sums.iter_mut().zip(left) {
+            // SAFETY: as above.
+            let own = unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(column.add(k))) };
+            for (sum, &wide) in sums.iter_mut().zip(&wide) {
+                *sum = _mm512_fmadd_pd(own, wide, *sum);
+            }
+        }
+    }
+    // SAFETY: a register of eight f64 and an array of them have the same bits.
+    sums.map(|row| row.map(|sum| unsafe { std::mem::transmute::<__m512d, [f64; 8]>(sum) }))
+}

@@ -1,0 +1,132 @@
+//! Δ as the kernels read it: blocks of 32×32 elements, those of one panel next to each other.
+//!
+//! A panel is 32 rows of the tall orientation (Δ or its transpose, whichever has more rows), all columns. Inside a block
+//! elements lie as in Δ itself, row by row: packing moves no element across, and the kernels have two ways to read a block.
+//! The last blocks are padded with zeros.
+
+use bytemuck::Pod;
+use faer::Mat;
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::kernel::{AREA, BLOCK};
+use crate::memory::Array;
+
+/// Blocks of one element type.
+#[derive(Debug)]
+pub(crate) struct Blocks<T> {
+    values: Array<T>,
+    rows: usize,
+    cols: usize,
+}
+
+/// A packed Δ.
+#[derive(Debug)]
+pub(crate) enum Packed {
+    /// Rounded to bf16, as its bits.
+    Bf16(Blocks<u16>),
+    /// Exactly.
+    F32(Blocks<f32>),
+}
+
+impl<T: Pod> Blocks<T> {
+    /// Zeros.
+    pub(crate) fn zeros(rows: usize, cols: usize) -> Self {
+        let values = Array::zeros(rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK) * AREA);
+        Self { values, rows, cols }
+    }
+
+    /// Whether the panels are columns of Δ.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.rows < self.cols
+    }
+
+    /// Elements of the longer side.
+    pub(crate) fn long(&self) -> usize {
+        self.rows.max(self.cols)
+    }
+
+    /// Elements of the shorter side.
+    pub(crate) fn short(&self) -> usize {
+        self.rows.min(self.cols)
+    }
+
+    /// Number of panels.
+    pub(crate) fn panels(&self) -> usize {
+        self.long().div_ceil(BLOCK)
+    }
+
+    /// Blocks in a panel.
+    pub(crate) fn depth(&self) -> usize {
+        self.short().div_ceil(BLOCK)
+    }
+
+    /// All blocks, panel by panel.
+    pub(crate) fn values(&self) -> &[T] {
+        self.values.values()
+    }
+}
+
+impl Packed {
+    /// Rows and columns of the tall orientation.
+    pub(crate) fn tall(&self) -> (usize, usize) {
+        match self {
+            Self::Bf16(blocks) => (blocks.long(), blocks.short()),
+            Self::F32(blocks) => (blocks.long(), blocks.short()),
+        }
+    }
+}
+
+impl Blocks<f32> {
+    /// Rows of the tall orientation, `count` panels from `first` on, without padding.
+    pub(crate) fn rows_f64(&self, first: usize, count: usize) -> Mat<f64> {
+        let rows = (count * BLOCK).min(self.long() - first * BLOCK);
+        Mat::from_fn(rows, self.short(), |i, j| {
+            let block = (first + i / BLOCK) * self.depth() + j / BLOCK;
+            let (i, j) = (i % BLOCK, j % BLOCK);
+            let place = if self.is_wide() { j * BLOCK + i } else { i * BLOCK + j };
+            f64::from(self.values()[block * AREA + place])
+        })
+    }
+}
+
+/// Strips whose blocks wait in memory of their own before they are put into panels that are columns.
+const ROUND: usize = 8;
+
+impl<T: Pod + Send + Sync> Blocks<T> {
+    /// Fills strip after strip: `job(strip, blocks)` gets the number of 32 rows of Δ and their blocks from left to right, zeros.
+    /// Returns what the jobs return, by strip.
+    ///
+    /// # Errors
+    /// The first strip's that fails.
+    pub(crate) fn fill<R: Send>(&mut self, job: impl Fn(usize, &mut [T]) -> Result<R> + Sync) -> Result<Vec<R>> {
+        let across = self.cols.div_ceil(BLOCK) * AREA;
+        if across == 0 {
+            return Ok(Vec::new());
+        }
+        if !self.is_wide() {
+            let strips = self.values.values_mut().par_chunks_mut(across).enumerate();
+            return strips.map(|(strip, blocks)| job(strip, blocks)).collect();
+        }
+        let strips = self.rows.div_ceil(BLOCK);
+        let mut waiting = vec![T::zeroed(); across * ROUND.min(strips)];
+        let mut results = Vec::with_capacity(strips);
+        for first in (0..strips).step_by(ROUND) {
+            let some = ROUND.min(strips - first);
+            let round: Result<Vec<R>> = waiting
+                .par_chunks_mut(across)
+                .take(some)
+                .enumerate()
+                .map(|(number, blocks)| job(first + number, blocks))
+                .collect();
+            results.extend(round?);
+            self.values.values_mut().par_chunks_mut(strips * AREA).enumerate().for_each(|(panel, blocks)| {
+                let mine = blocks[first * AREA..].chunks_exact_mut(AREA);
+                for (block, strip) in mine.zip(waiting.chunks_exact(across).take(some)) {
+                    block.copy_from_slice(&strip[panel * AREA..(panel + 1) * AREA]);
+                }
+            });
+        }
+        Ok(results)
+    }
+}
