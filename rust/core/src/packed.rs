@@ -65,6 +65,11 @@ impl<T: Pod> Blocks<T> {
     pub(crate) fn values(&self) -> &[T] {
         self.values.values()
     }
+
+    /// All blocks, to be written.
+    pub(crate) fn values_mut(&mut self) -> &mut [T] {
+        self.values.values_mut()
+    }
 }
 
 impl Packed {

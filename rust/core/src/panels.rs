@@ -84,19 +84,22 @@ pub(crate) fn inner_f64(left: MatRef<'_, f64>, right: MatRef<'_, f64>) -> Mat<f6
     product
 }
 
-/// One step of classical Gram–Schmidt: `block − basis·basisᵀ·block`. Returns how much of a column that takes away, relatively, at
-/// most over all columns.
-pub(crate) fn project_out(basis: MatRef<'_, f32>, block: &mut Mat<f32>) -> f32 {
-    const HEIGHT: usize = 1024;
-    let overlap = add_up(basis, block.as_ref(), HEIGHT, |basis, block| {
+/// One step of classical Gram–Schmidt: `block − basis·N⁻¹·basisᵀ·block`, where N = basisᵀ·basis is so near to the identity that
+/// N⁻¹ = 2 − N. Returns how much of a column that takes away, relatively, at most over all columns.
+pub(crate) fn project_out(basis: MatRef<'_, f32>, overlap: MatRef<'_, f64>, block: &mut Mat<f32>) -> f32 {
+    const HEIGHT: usize = 512;
+    let inner = add_up(basis, block.as_ref(), HEIGHT, |basis, block| {
         let mut part = Mat::<f32>::zeros(basis.ncols(), block.ncols());
         multiply(part.as_mut(), basis.transpose(), block);
         part
     });
-    let shares = block.col_iter().zip(overlap.col_iter()).map(|(column, taken)| taken.norm_l2() / column.norm_l2());
+    let shares = block.col_iter().zip(inner.col_iter()).map(|(column, taken)| taken.norm_l2() / column.norm_l2());
     let most = shares.fold(0f32, f32::max);
+    let correction = Mat::from_fn(overlap.nrows(), overlap.ncols(), |i, j| (f64::from(i == j) - overlap[(i, j)]) as f32);
+    let mut coefficients = inner.clone();
+    multiply_add(coefficients.as_mut(), correction.as_ref(), inner.as_ref(), 1.0);
     for_row_strips(block.as_mut(), HEIGHT, |rows, strip| {
-        multiply_add(strip, basis.subrows(rows.start, rows.len()), overlap.as_ref(), -1.0);
+        multiply_add(strip, basis.subrows(rows.start, rows.len()), coefficients.as_ref(), -1.0);
     });
     most
 }

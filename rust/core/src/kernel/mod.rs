@@ -30,7 +30,7 @@ use std::sync::OnceLock;
 pub(crate) use elementwise::{Sums, inner_tile, pack_rows, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatRef};
 
-use crate::packed::Packed;
+use crate::packed::{Blocks, Packed};
 
 /// Rows and columns of a block.
 pub(crate) const BLOCK: usize = 32;
@@ -112,6 +112,22 @@ impl Kernel {
         };
         let found = Self::ALL.into_iter().find(|kernel| name == kernel.name() && kernel.is_available());
         found.ok_or_else(|| name.to_string_lossy().into_owned())
+    }
+
+    /// Seconds that both products of a Δ of this shape with `width` columns take, the best of `repeats`; for benchmarks.
+    #[must_use]
+    pub fn measure(self, rows: usize, cols: usize, width: usize, repeats: usize) -> f64 {
+        let mut blocks = Blocks::<u16>::zeros(rows, cols);
+        // Values do not matter, but no subnormal ones: 1, in every element.
+        blocks.values_mut().fill(0x3f80);
+        let packed = Packed::Bf16(blocks);
+        let v = Mat::from_fn(rows.min(cols), width, |i, j| ((i + j) % 7) as f32 - 3.0);
+        let time = || {
+            let started = std::time::Instant::now();
+            std::hint::black_box(both_products(self, &packed, v.as_ref()));
+            started.elapsed().as_secs_f64()
+        };
+        (0..repeats).map(|_| time()).fold(f64::INFINITY, f64::min)
     }
 
     /// `vdpbf16ps` issues at half the rate of an f32 multiply-add on Intel and at the same rate on AMD: per flop it gains

@@ -49,7 +49,7 @@ pub(super) fn triplets(
     let (rows, cols) = packed.tall();
     let width = operator.width(options.target).min(cols);
     let mut random = Random(options.seed);
-    let mut space = Space::new(rows, cols, 4 * width);
+    let mut space = Space::new(rows, cols, 12 * width);
     let mut columns = 2 * width;
     let start = operator.both(operator.round(random.block(cols, width)).as_ref()).1;
     let mut block = operator.round(space.orthonormalise(start, 0.0)?);
@@ -128,7 +128,10 @@ pub(super) fn triplets(
             next
         };
     }
-    let rank = options.target.rank(&space.ritz_values()?, energy).unwrap_or(cols);
+    let rank = match options.target {
+        Target::Rank(rank) => rank,
+        Target::Error(_) => options.target.rank(&space.ritz_values()?, energy).unwrap_or(cols),
+    };
     Ok(Some(space.leading(rank, columns)?))
 }
 
