@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_compress import plugins
-from lora_compress._native import Delta, __version__, check_finite, round_to, same_bytes
+from lora_compress._native import Delta, Workspace, __version__, check_finite, energies, round_to, same_bytes
 from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError, TensorError
@@ -158,7 +158,7 @@ def extract(
         changed = [pair for pair in pairs if pair.treatment is not Treatment.UNCHANGED]
         progress.begin("extracting", sum(pair.tuned.nbytes for pair in changed), len(changed))
         job = partial(_decompose, base_model, tuned_model, method, host.decompositions.origin(method.name), rank, dtype)
-        job = partial(job, seed=seed, tolerance=tolerance)
+        job = partial(job, seed=seed, tolerance=tolerance, workspace=Workspace())
         for pair, (account, factors) in ordered_map(job, changed, lambda pair: pair.elements):
             if factors is not None:
                 with plugins.blame(host.formats.origin(target.name), f"failed to write `{pair.name}`"):
@@ -247,6 +247,7 @@ def _decompose(
     *,
     seed: int,
     tolerance: float,
+    workspace: Workspace,
 ) -> tuple[TensorAccount, tuple[Float32Matrix, Float32Matrix] | None]:
     """Account and stored factors of one changed pair. Runs in a thread."""
     account = _account(pair)
@@ -259,9 +260,12 @@ def _decompose(
         return _excluded(base, tuned, pair, account), None
     if pair.new_rows:
         check_finite(tuned.checkpoint, pair.name, pair.base.shape[0])
-    delta = Delta(base.checkpoint, tuned.checkpoint, pair.name)
+    if pair.treatment is Treatment.EXACT:
+        energy, base_energy = energies(base.checkpoint, tuned.checkpoint, pair.name)
+        return replace(account, delta_energy=energy, base_energy=base_energy, nbytes=stored), None
+    delta = Delta(base.checkpoint, tuned.checkpoint, pair.name, workspace)
     account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
-    if pair.treatment is Treatment.EXACT or delta.energy == 0.0:
+    if delta.energy == 0.0:
         # Without energy but with other bytes: zeros of another sign, or new rows only. Nothing to decompose.
         return replace(account, nbytes=stored), None
     with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
@@ -276,10 +280,10 @@ def _decompose(
 def _excluded(base: Model, tuned: Model, pair: Pair, account: TensorAccount) -> TensorAccount:
     """What an excluded tensor leaves out; unknown where its values or shapes allow no difference."""
     try:
-        delta = Delta(base.checkpoint, tuned.checkpoint, pair.name)
+        energy, base_energy = energies(base.checkpoint, tuned.checkpoint, pair.name)
     except TensorError:
         return replace(account, delta_energy=None, base_energy=None, error_energy=None)
-    return replace(account, delta_energy=delta.energy, base_energy=delta.base_energy, error_energy=delta.energy)
+    return replace(account, delta_energy=energy, base_energy=base_energy, error_energy=energy)
 
 
 def _untouched(base: Model, tuned: Model, selection: Selection, pairs: Sequence[Pair]) -> list[TensorAccount]:

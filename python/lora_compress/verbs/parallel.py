@@ -11,9 +11,9 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Elements of Δ in flight, as float32 about 64 MB. A larger tensor runs alone, on all threads of the core; smaller ones
-# run side by side, because their many short steps would leave threads idle.
-IN_FLIGHT = 16_000_000
+# Elements of Δ in flight, two bytes each while they are worked on. Tensors run side by side as long as they fit: each is read, formed
+# and decomposed by one thread, so one reads while another computes, and threads that find no tensor help with one.
+IN_FLIGHT = 120_000_000
 
 
 def ordered_map(

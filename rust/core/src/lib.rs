@@ -54,6 +54,7 @@ pub use error::{Error, HeaderFault, IndexFault, Result};
 pub use header::TensorInfo;
 pub use kernel::Kernel;
 pub use matrix::Matrix;
+pub use memory::Workspace;
 pub use merge::{Updates, merge_shard, unknown_tensors};
 pub use pattern::first_match;
 pub use same::same_bytes;

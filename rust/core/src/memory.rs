@@ -1,45 +1,111 @@
-//! Large arrays of zeros.
+//! Large arrays of zeros, and a workspace that uses their memory again.
 //!
 //! A packed Δ is read front to back a dozen times and written once: in huge pages that costs a fraction of the page faults and
-//! of the address translations. The kernel is asked for them where it gives them on request, and need not comply.
+//! of the address translations. The kernel is asked for them where it gives them on request, and need not comply. Fresh
+//! memory has to be cleared by the kernel, which takes as long as reading the tensor: a [`Workspace`] keeps it.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::Pod;
 use memmap2::MmapMut;
 
-/// An array in anonymous memory of its own, or on the heap where that cannot be had.
-#[derive(Debug)]
-pub(crate) enum Array<T> {
-    Mapped(MmapMut),
-    Heap(Vec<T>),
+/// Memory of packed deltas, kept for the next ones. Clones share it; it is freed with the last.
+#[derive(Debug, Clone, Default)]
+pub struct Workspace(Arc<Mutex<Vec<MmapMut>>>);
+
+impl Workspace {
+    /// The smallest piece that has room for `bytes`. Where none has, the largest is given up: tensors to come are as likely to be
+    /// too large for it.
+    fn take(&self, bytes: usize) -> Option<MmapMut> {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fitting = (0..free.len()).filter(|&i| free.get(i).is_some_and(|map| map.len() >= bytes));
+        match fitting.min_by_key(|&i| free.get(i).map(|map| map.len())) {
+            Some(best) => Some(free.swap_remove(best)),
+            None => {
+                let largest = (0..free.len()).max_by_key(|&i| free.get(i).map(|map| map.len()));
+                largest.map(|largest| free.swap_remove(largest));
+                None
+            }
+        }
+    }
+
+    fn give_back(&self, map: MmapMut) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(map);
+    }
 }
 
-impl<T: bytemuck::Pod> Array<T> {
+/// An array in anonymous memory of its own, or on the heap where it is small or that cannot be had.
+#[derive(Debug)]
+pub(crate) struct Array<T: Pod> {
+    len: usize,
+    heap: Vec<T>,
+    map: Option<MmapMut>,
+    home: Workspace,
+}
+
+impl<T: Pod> Array<T> {
     /// Below this, the heap serves as well.
     const LARGE: usize = 1 << 21;
 
-    pub(crate) fn zeros(len: usize) -> Self {
+    /// `len` zeros in memory of `workspace`, or in new memory that it gets back.
+    pub(crate) fn zeros(len: usize, workspace: &Workspace) -> Self {
         let bytes = len * size_of::<T>();
-        if bytes >= Self::LARGE
-            && let Ok(map) = MmapMut::map_anon(bytes)
-        {
-            #[cfg(target_os = "linux")]
+        let mut array = Self { len, heap: Vec::new(), map: None, home: workspace.clone() };
+        if bytes < Self::LARGE {
+            array.heap = vec![T::zeroed(); len];
+        } else if let Some(map) = workspace.take(bytes) {
+            array.map = Some(map);
+            array.values_mut().fill(T::zeroed());
+        } else if let Ok(map) = MmapMut::map_anon(bytes) {
             // Advice only: without huge pages it is slower, not wrong.
+            #[cfg(target_os = "linux")]
             let _ = map.advise(memmap2::Advice::HugePage);
-            return Self::Mapped(map);
+            array.map = Some(map);
+        } else {
+            array.heap = vec![T::zeroed(); len];
         }
-        Self::Heap(vec![T::zeroed(); len])
+        array
     }
 
     pub(crate) fn values(&self) -> &[T] {
-        match self {
-            Self::Mapped(map) => bytemuck::cast_slice(map),
-            Self::Heap(values) => values,
+        match &self.map {
+            Some(map) => bytemuck::cast_slice(&map[..self.len * size_of::<T>()]),
+            None => &self.heap,
         }
     }
 
     pub(crate) fn values_mut(&mut self) -> &mut [T] {
-        match self {
-            Self::Mapped(map) => bytemuck::cast_slice_mut(map),
-            Self::Heap(values) => values,
+        match &mut self.map {
+            Some(map) => bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()]),
+            None => &mut self.heap,
         }
+    }
+}
+
+impl<T: Pod> Drop for Array<T> {
+    fn drop(&mut self) {
+        if let Some(map) = self.map.take() {
+            self.home.give_back(map);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_used_again_and_zero_again() {
+        let workspace = Workspace::default();
+        let mut first = Array::<u16>::zeros(3 << 20, &workspace);
+        first.values_mut().fill(7);
+        let place = first.values().as_ptr();
+        drop(first);
+        let second = Array::<f32>::zeros(1 << 20, &workspace);
+        assert_eq!(second.values().as_ptr().cast(), place);
+        assert!(second.values().iter().all(|&value| value == 0.0));
+        let third = Array::<u16>::zeros(3 << 20, &workspace);
+        assert!(third.values().iter().all(|&value| value == 0));
+        assert_eq!((second.values().len(), third.values().len()), (1 << 20, 3 << 20));
     }
 }

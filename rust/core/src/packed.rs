@@ -10,11 +10,11 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::kernel::{AREA, BLOCK};
-use crate::memory::Array;
+use crate::memory::{Array, Workspace};
 
 /// Blocks of one element type.
 #[derive(Debug)]
-pub(crate) struct Blocks<T> {
+pub(crate) struct Blocks<T: Pod> {
     values: Array<T>,
     rows: usize,
     cols: usize,
@@ -31,8 +31,8 @@ pub(crate) enum Packed {
 
 impl<T: Pod> Blocks<T> {
     /// Zeros.
-    pub(crate) fn zeros(rows: usize, cols: usize) -> Self {
-        let values = Array::zeros(rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK) * AREA);
+    pub(crate) fn zeros(rows: usize, cols: usize, workspace: &Workspace) -> Self {
+        let values = Array::zeros(rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK) * AREA, workspace);
         Self { values, rows, cols }
     }
 

@@ -95,7 +95,8 @@ pub(crate) fn project_out(basis: MatRef<'_, f32>, overlap: MatRef<'_, f64>, bloc
     });
     let shares = block.col_iter().zip(inner.col_iter()).map(|(column, taken)| taken.norm_l2() / column.norm_l2());
     let most = shares.fold(0f32, f32::max);
-    let correction = Mat::from_fn(overlap.nrows(), overlap.ncols(), |i, j| (f64::from(i == j) - overlap[(i, j)]) as f32);
+    let correction =
+        Mat::from_fn(overlap.nrows(), overlap.ncols(), |i, j| (f64::from(i == j) - overlap[(i, j)]) as f32);
     let mut coefficients = inner.clone();
     multiply_add(coefficients.as_mut(), correction.as_ref(), inner.as_ref(), 1.0);
     for_row_strips(block.as_mut(), HEIGHT, |rows, strip| {
@@ -133,12 +134,13 @@ pub(crate) fn tall_times_small(left: MatRef<'_, f32>, right: MatRef<'_, f32>) ->
 }
 
 /// Runs `job` on strips of `height` rows of a matrix, in parallel.
-fn for_row_strips(
-    matrix: MatMut<'_, f32>,
-    height: usize,
-    job: impl Fn(Range<usize>, MatMut<'_, f32>) + Sync + Send,
-) {
-    fn split(rows: Range<usize>, matrix: MatMut<'_, f32>, height: usize, job: &(impl Fn(Range<usize>, MatMut<'_, f32>) + Sync)) {
+fn for_row_strips(matrix: MatMut<'_, f32>, height: usize, job: impl Fn(Range<usize>, MatMut<'_, f32>) + Sync + Send) {
+    fn split(
+        rows: Range<usize>,
+        matrix: MatMut<'_, f32>,
+        height: usize,
+        job: &(impl Fn(Range<usize>, MatMut<'_, f32>) + Sync),
+    ) {
         if rows.len() <= height {
             return job(rows, matrix);
         }

@@ -36,31 +36,30 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
     let base_dtype = base.computable(name)?;
     let tuned_dtype = tuned.computable(name)?;
     // A vector is a row to the delta and a column to the update: compare by flat index.
-    let parts =
-        panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<[f64; 4]> {
-            let (begin, len) = (range.start * cols, range.len() * cols);
-            let approximation = update.delta_rows(range.clone())?;
-            let merged_bytes = update.merged_rows(range)?;
-            let mut tuned_bytes = vec![0u8; len * (tuned_dtype.bits() / 8) as usize];
-            tuned.read_bytes(name, begin as u64 * tuned_dtype.bits() / 8, &mut tuned_bytes)?;
-            let decode = |dtype, bytes: &[u8]| {
-                with_element!(dtype, E => bytes.chunks_exact(E::BYTES).map(E::read).collect::<Vec<f64>>())
-                    .ok_or_else(|| base.unsupported(name, dtype))
-            };
-            let (merged, target) = (decode(base_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
-            let mut exact = vec![0f32; len];
-            let sums = with_scratch(0, |_, scratch| difference.read(begin, &mut exact, scratch))?;
-            let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
-            for (((&d, &a), &m), &t) in exact.iter().zip(&approximation).zip(&merged).zip(&target) {
-                let distance = m - t;
-                error += (f64::from(d) - f64::from(a)).powi(2);
-                merged_error += distance.powi(2);
-                largest = largest.max(distance.abs());
-            }
-            // A replacement is exact but for the rounding that the merge does, so its own error is that of the merged tensor.
-            let own_error = if update.is_replacement() { merged_error } else { error };
-            Ok([sums.energy, own_error, merged_error, largest])
-        });
+    let parts = panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<[f64; 4]> {
+        let (begin, len) = (range.start * cols, range.len() * cols);
+        let approximation = update.delta_rows(range.clone())?;
+        let merged_bytes = update.merged_rows(range)?;
+        let mut tuned_bytes = vec![0u8; len * (tuned_dtype.bits() / 8) as usize];
+        tuned.read_bytes(name, begin as u64 * tuned_dtype.bits() / 8, &mut tuned_bytes)?;
+        let decode = |dtype, bytes: &[u8]| {
+            with_element!(dtype, E => bytes.chunks_exact(E::BYTES).map(E::read).collect::<Vec<f64>>())
+                .ok_or_else(|| base.unsupported(name, dtype))
+        };
+        let (merged, target) = (decode(base_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
+        let mut exact = vec![0f32; len];
+        let sums = with_scratch(0, |_, scratch| difference.read(begin, &mut exact, scratch))?;
+        let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
+        for (((&d, &a), &m), &t) in exact.iter().zip(&approximation).zip(&merged).zip(&target) {
+            let distance = m - t;
+            error += (f64::from(d) - f64::from(a)).powi(2);
+            merged_error += distance.powi(2);
+            largest = largest.max(distance.abs());
+        }
+        // A replacement is exact but for the rounding that the merge does, so its own error is that of the merged tensor.
+        let own_error = if update.is_replacement() { merged_error } else { error };
+        Ok([sums.energy, own_error, merged_error, largest])
+    });
     let mut result = Comparison {
         delta_energy: 0.0,
         error_energy: 0.0,

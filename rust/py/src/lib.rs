@@ -18,6 +18,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_class::<checkpoint::TensorInfo>()?;
     module.add_class::<delta::Delta>()?;
+    module.add_class::<delta::Workspace>()?;
     module.add_class::<writer::Writer>()?;
     module.add_class::<merge::LowRank>()?;
     module.add_class::<merge::Update>()?;

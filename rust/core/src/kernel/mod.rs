@@ -16,8 +16,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod dispatch;
 mod elementwise;
-mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod in_bf16;
+mod in_f32;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -30,6 +33,7 @@ use std::sync::OnceLock;
 pub(crate) use elementwise::{Sums, inner_tile, pack_rows, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatRef};
 
+use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
 
 /// Rows and columns of a block.
@@ -117,7 +121,7 @@ impl Kernel {
     /// Seconds that both products of a Δ of this shape with `width` columns take, the best of `repeats`; for benchmarks.
     #[must_use]
     pub fn measure(self, rows: usize, cols: usize, width: usize, repeats: usize) -> f64 {
-        let mut blocks = Blocks::<u16>::zeros(rows, cols);
+        let mut blocks = Blocks::<u16>::zeros(rows, cols, &Workspace::default());
         // Values do not matter, but no subnormal ones: 1, in every element.
         blocks.values_mut().fill(0x3f80);
         let packed = Packed::Bf16(blocks);
@@ -180,8 +184,10 @@ fn is_amd() -> bool {
 ///
 /// `v` has as many rows as the shorter side. A kernel that rounds operands expects bf16 values in it.
 pub(crate) fn both_products(kernel: Kernel, packed: &Packed, v: MatRef<'_, f32>) -> (Mat<f32>, Mat<f32>) {
+    // Asked again at the door of unsafe code, whoever has chosen the kernel.
+    let kernel = if kernel.is_available() { kernel } else { Kernel::Portable };
     match packed {
-        Packed::Bf16(blocks) => kernels::bf16_blocks(kernel, blocks, v),
-        Packed::F32(blocks) => kernels::f32_blocks(kernel.for_f32(), blocks, v),
+        Packed::Bf16(blocks) => dispatch::bf16_blocks(kernel, blocks, v),
+        Packed::F32(blocks) => dispatch::f32_blocks(kernel.for_f32(), blocks, v),
     }
 }

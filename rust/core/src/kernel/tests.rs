@@ -4,6 +4,7 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::Workspace;
 use crate::packed::Blocks;
 
 /// Values of very different sizes, subnormal ones among them, rounded to bf16.
@@ -29,7 +30,7 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn packed(values: &[f32], rows: usize, cols: usize, exact: bool) -> Packed {
     let take = |strip: usize| &values[strip * BLOCK * cols..((strip + 1) * BLOCK * cols).min(values.len())];
     if exact {
-        let mut blocks = Blocks::zeros(rows, cols);
+        let mut blocks = Blocks::zeros(rows, cols, &Workspace::default());
         blocks
             .fill(|strip, blocks: &mut [f32]| {
                 for (r, row) in take(strip).chunks(cols).enumerate() {
@@ -42,7 +43,7 @@ fn packed(values: &[f32], rows: usize, cols: usize, exact: bool) -> Packed {
             .unwrap();
         Packed::F32(blocks)
     } else {
-        let mut blocks = Blocks::zeros(rows, cols);
+        let mut blocks = Blocks::zeros(rows, cols, &Workspace::default());
         let lost = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, blocks))).unwrap();
         // bf16 values survive, but for subnormal ones nothing is rounded away either.
         assert_eq!(lost.iter().sum::<f64>(), 0.0);
@@ -109,7 +110,9 @@ proptest! {
 #[test]
 fn odd_prime_and_unit_sizes() {
     for kernel in available() {
-        for (rows, cols) in [(1, 1), (1, 97), (97, 1), (31, 33), (33, 31), (32, 32), (64, 32), (257, 64), (64, 257), (521, 131)] {
+        for (rows, cols) in
+            [(1, 1), (1, 97), (97, 1), (31, 33), (33, 31), (32, 32), (64, 32), (257, 64), (64, 257), (521, 131)]
+        {
             for width in [1, 16, 17, 48, 64] {
                 check(kernel, rows, cols, width, false, 5);
                 check(kernel, rows, cols, width, true, 6);
@@ -149,7 +152,7 @@ proptest! {
     #[test]
     fn packing_rounds_to_nearest_even_and_tells_what_it_lost(rows in 1usize..40, cols in 1usize..80, seed: u64) {
         let delta: Vec<f32> = values(rows * cols, seed).iter().enumerate().map(|(i, v)| v * (1.0 + i as f32 * 1e-4)).collect();
-        let mut blocks = Blocks::<u16>::zeros(rows, cols);
+        let mut blocks = Blocks::<u16>::zeros(rows, cols, &Workspace::default());
         let take = |strip: usize| &delta[strip * BLOCK * cols..((strip + 1) * BLOCK * cols).min(delta.len())];
         let lost: f64 = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, blocks))).unwrap().iter().sum();
         let mut expected = 0.0;

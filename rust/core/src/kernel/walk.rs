@@ -186,3 +186,11 @@ fn place(matrix: &mut Mat<f32>, block: usize, group: usize, cell: &[f32]) {
         }
     }
 }
+
+/// Number of groups; panics unless all that is asked for is in bounds.
+#[inline(always)]
+pub(super) fn check<B, X>(blocks: &[B], step: usize, count: usize, x: &[X], out: &[f32]) -> usize {
+    let groups = out.len() / CELL;
+    assert!(count > 0 && groups > 0 && (count - 1) * step + AREA <= blocks.len() && count * groups * CELL <= x.len());
+    groups
+}

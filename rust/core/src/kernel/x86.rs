@@ -84,7 +84,11 @@ impl Lanes for Avx512Bf16 {
         // SAFETY: see `load`; __m512i and __m512bh have the same size and any bits are valid in both.
         unsafe {
             let (word, x) = (_mm512_set1_epi32((*word).cast_signed()), _mm512_loadu_si512(x.cast()));
-            _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(word), std::mem::transmute::<__m512i, __m512bh>(x))
+            _mm512_dpbf16_ps(
+                sums,
+                std::mem::transmute::<__m512i, __m512bh>(word),
+                std::mem::transmute::<__m512i, __m512bh>(x),
+            )
         }
     }
 }

@@ -41,7 +41,8 @@ fn gram(blocks: &Blocks<f32>) -> Mat<f64> {
             (columns, panels::inner_f64(below, own))
         });
         for (columns, part) in parts {
-            let mut own = gram.as_mut().submatrix_mut(columns.start, columns.start, short - columns.start, columns.len());
+            let mut own =
+                gram.as_mut().submatrix_mut(columns.start, columns.start, short - columns.start, columns.len());
             own += part;
         }
     }

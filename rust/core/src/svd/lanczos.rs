@@ -31,20 +31,16 @@ use crate::packed::Packed;
 
 /// Energy below this share of ‖Δ‖² cannot be told from rounding of the captured energy.
 const ENERGY_NOISE: f64 = 1e-10;
-/// Steps from the random block before a claim is believed.
+/// Steps from the random block before a claim is believed, and its columns.
 const PROBE_STEPS: usize = 2;
+const PROBE_WIDTH: usize = 16;
 /// A basis is restarted at this multiple of the rank, or at `ROOMY` columns if that is more.
 const LARGE: usize = 8;
 const ROOMY: usize = 512;
 
 /// Leading triplets of a packed Δ with ‖Δ‖² = `energy` > 0; `None` when the target needs more of the spectrum than an iteration
 /// should build.
-pub(super) fn triplets(
-    kernel: Kernel,
-    packed: &Packed,
-    energy: f64,
-    options: SvdOptions,
-) -> Result<Option<Triplets>> {
+pub(super) fn triplets(kernel: Kernel, packed: &Packed, energy: f64, options: SvdOptions) -> Result<Option<Triplets>> {
     let operator = Operator { kernel, packed };
     let (rows, cols) = packed.tall();
     let width = operator.width(options.target).min(cols);
@@ -121,7 +117,7 @@ pub(super) fn triplets(
         }
         let room = cols - space.size();
         block = if fresh {
-            operator.round(space.orthonormalise(random.block(cols, width.min(room)), 0.0)?)
+            operator.round(space.orthonormalise(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?)
         } else if next.ncols() > room {
             next.subcols(0, room).to_owned()
         } else {

@@ -98,7 +98,8 @@ impl Space {
         for _ in 0..4 {
             if self.size() > 0 {
                 // A pass leaves 1e-6 or so of what it takes away: that matters once nearly all is taken away.
-                while panels::project_out(self.basis.as_ref(), self.overlap.as_ref(), &mut block) > 0.9999 && passes < 8 {
+                while panels::project_out(self.basis.as_ref(), self.overlap.as_ref(), &mut block) > 0.9999 && passes < 8
+                {
                     passes += 1;
                 }
             }
