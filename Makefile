@@ -77,9 +77,28 @@ test-python: build .venv/dev  ## Python tests that need no PyTorch (HYPOTHESIS_P
 test-torch: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Tests with PyTorch, transformers and PEFT, on real weights
 	PYTHONPATH=python LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch
 
-.PHONY: bench
-bench: build .venv/dev  ## Measure extraction on a Llama-8B-shaped pair against the exact SVD and the machine's limits
-	$(BIN)/python benchmarks/extract.py --work $(CACHE)/bench
+# Peers have environments of their own, shared between clones: scikit-learn joins PyTorch's, mergekit pins what it needs.
+BENCH_JSON := docs/benchmarks
+BENCH := PYTHONPATH=python $(TORCH_ENV)/bin/python benchmarks
+MERGEKIT_ENV := $(CACHE)/mergekit-env
+MERGEKIT := $(MERGEKIT_ENV)/bin/mergekit-extract-lora
+
+$(TORCH_ENV)/bench-ready: $(TORCH_ENV)/ready-$(TORCH_KEY)
+	$(TORCH_ENV)/bin/pip install --quiet scikit-learn ml_dtypes
+	touch $@
+
+$(MERGEKIT):
+	$(PYTHON) -m venv $(MERGEKIT_ENV)
+	$(MERGEKIT_ENV)/bin/pip install --quiet mergekit==0.1.5
+
+.PHONY: bench bench-kernels bench-matrices bench-commands
+bench: bench-kernels bench-matrices bench-commands  ## Measure kernels, single matrices and whole commands against peers and limits
+bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
+	$(BENCH)/kernels.py --json $(BENCH_JSON)
+bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
+	$(BENCH)/matrices.py --json $(BENCH_JSON)
+bench-commands: build $(TORCH_ENV)/bench-ready $(MERGEKIT)  ## Whole commands against mergekit, and growth with layers (15 GB of disk)
+	$(BENCH)/commands.py --work $(CACHE)/bench --mergekit $(MERGEKIT) --json $(BENCH_JSON)
 
 .PHONY: format
 format: .venv/dev  ## Format Rust and Python

@@ -18,11 +18,16 @@ __all__ = [
     "TensorError",
     "TensorInfo",
     "Update",
+    "Workspace",
     "Writer",
     "__version__",
     "check_finite",
     "compare",
+    "energies",
     "first_match",
+    "kernel",
+    "kernels",
+    "measure_kernel",
     "merge_shard",
     "round_to",
     "same_bytes",
@@ -69,9 +74,7 @@ class Workspace:
 
 @final
 class Delta:
-    def __new__(
-        cls, base: Checkpoint, tuned: Checkpoint, name: str, workspace: Workspace | None = None
-    ) -> Delta: ...
+    def __new__(cls, base: Checkpoint, tuned: Checkpoint, name: str, workspace: Workspace | None = None) -> Delta: ...
     @staticmethod
     def from_array(values: NDArray[np.float32], name: str = "delta") -> Delta: ...
     @property
@@ -138,6 +141,9 @@ def check_finite(checkpoint: Checkpoint, name: str, first_row: int = 0) -> None:
 def first_match(patterns: Sequence[str], name: str) -> int | None: ...
 def same_bytes(checkpoint: Checkpoint, other: Checkpoint, name: str, other_name: str | None = None) -> bool: ...
 def energies(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float]: ...
+def kernel() -> str: ...
+def kernels() -> list[str]: ...
+def measure_kernel(name: str, rows: int, cols: int, width: int, repeats: int = 5) -> float: ...
 def round_to(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]: ...
 def merge_shard(
     base: Checkpoint,

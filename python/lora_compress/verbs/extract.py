@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_compress import plugins
-from lora_compress._native import Delta, Workspace, __version__, check_finite, energies, round_to, same_bytes
+from lora_compress._native import Delta, Workspace, __version__, check_finite, energies, kernel, round_to, same_bytes
 from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError, TensorError
@@ -151,6 +151,7 @@ def extract(
         "dtype": dtype,
         "seed": seed,
         "tolerance": tolerance,
+        "kernel": kernel(),
     }
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
         writer = target.writer(partial_out, plan)

@@ -11,8 +11,8 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Elements of Δ in flight, two bytes each while they are worked on. Tensors run side by side as long as they fit: each is read, formed
-# and decomposed by one thread, so one reads while another computes, and threads that find no tensor help with one.
+# Elements of Δ in flight, two bytes each while they are worked on. Tensors run side by side as long as they fit: each
+# is read, formed and decomposed by one thread, so one reads while another computes; threads without a tensor help.
 IN_FLIGHT = 120_000_000
 
 

@@ -144,6 +144,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// `LORA_COMPRESS_KERNEL` names a kernel that does not exist or cannot run here.
+    #[error("LORA_COMPRESS_KERNEL is `{name}`, but this machine runs {available}")]
+    Kernel {
+        /// What it was set to.
+        name: String,
+        /// The names that it may be set to.
+        available: String,
+    },
+
     /// The progress callback asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -1,6 +1,6 @@
 //! The compiled half of `lora_compress`: converts, releases the GIL, calls the core, converts back. No logic lives here.
 //!
-//! One file per noun of the core: `checkpoint`, `delta`, `writer`, `merge`; `gate` is the only way into long work, `error`
+//! One file per noun of the core: `checkpoint`, `delta`, `kernel`, `writer`, `merge`; `gate` is the only way into long work, `error`
 //! the only way out of a failure.
 
 use pyo3::prelude::*;
@@ -9,6 +9,7 @@ mod checkpoint;
 mod delta;
 mod error;
 mod gate;
+mod kernel;
 mod merge;
 mod writer;
 
@@ -28,6 +29,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(delta::energies, module)?)?;
     module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel::kernel, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel::kernels, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel::measure_kernel, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(merge::compare, module)?)?;
     module.add_function(wrap_pyfunction!(gate::set_threads, module)?)?;

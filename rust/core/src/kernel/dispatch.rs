@@ -12,20 +12,20 @@ use super::walk::{Chunk, Partial, both, products};
 use super::x86;
 use crate::packed::Blocks;
 
-/// Defines a function that runs a chunk with `$features` enabled.
-macro_rules! enabled {
-    ($name:ident, $features:literal, $multiply:ty) => {
-        #[target_feature(enable = $features)]
-        pub(super) fn $name(chunk: Chunk<'_, $multiply>) -> Partial {
-            // SAFETY: the instructions are enabled for this function.
-            unsafe { both(chunk) }
-        }
-    };
-}
-
 #[cfg(target_arch = "x86_64")]
 mod enabled {
     use super::{Chunk, InF32, InPairs, InTiles, Partial, both, x86};
+
+    /// Defines a function that runs a chunk with `$features` enabled.
+    macro_rules! enabled {
+        ($name:ident, $features:literal, $multiply:ty) => {
+            #[target_feature(enable = $features)]
+            pub(super) fn $name(chunk: Chunk<'_, $multiply>) -> Partial {
+                // SAFETY: the instructions are enabled for this function.
+                unsafe { both(chunk) }
+            }
+        };
+    }
 
     enabled!(tiles, "avx512f,avx512bw,avx512dq,avx512vl,fma", InTiles);
     enabled!(pairs, "avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16", InPairs);

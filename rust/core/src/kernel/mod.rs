@@ -2,7 +2,7 @@
 //!
 //! A packed Δ is cut into blocks of [`BLOCK`]×[`BLOCK`] elements ([`crate::packed`]). One step of the iteration reads it once
 //! and uses every block twice, while it is in cache: for Y = Δ·V and for Z = Δᵀ·Y. All kernels share that walk
-//! ([`walk`]); they differ in how one block is multiplied with `16·groups` columns ([`Multiply`]):
+//! ([`walk`]); they differ in how one block is multiplied with `16·groups` columns (`walk::Multiply`):
 //!
 //! | kernel | stored | multiplies |
 //! |---|---|---|
@@ -33,6 +33,7 @@ use std::sync::OnceLock;
 pub(crate) use elementwise::{Sums, inner_tile, pack_rows, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatRef};
 
+use crate::error::{Error, Result};
 use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
 
@@ -99,23 +100,24 @@ impl Kernel {
 
     /// The kernel in use: the one that `LORA_COMPRESS_KERNEL` names, else the fastest that this machine can run.
     ///
-    /// An unknown or unavailable name is no reason to fail: [`Self::chosen`] tells it.
-    #[must_use]
-    pub fn current() -> Self {
-        static CURRENT: OnceLock<Kernel> = OnceLock::new();
-        *CURRENT.get_or_init(|| Self::chosen().unwrap_or_else(|_| Self::fastest()))
+    /// # Errors
+    /// [`Error::Kernel`] when no available kernel has that name.
+    pub fn current() -> Result<Self> {
+        static CURRENT: OnceLock<Option<Kernel>> = OnceLock::new();
+        let asked = || std::env::var_os("LORA_COMPRESS_KERNEL").filter(|name| !name.is_empty());
+        let choose = || match asked() {
+            Some(name) => Self::available().find(|kernel| name == kernel.name()),
+            None => Some(Self::fastest()),
+        };
+        CURRENT.get_or_init(choose).ok_or_else(|| Error::Kernel {
+            name: asked().unwrap_or_default().to_string_lossy().into_owned(),
+            available: Self::available().map(Self::name).collect::<Vec<_>>().join(", "),
+        })
     }
 
-    /// As [`Self::current`], with an error for a name that is unknown or cannot run here.
-    ///
-    /// # Errors
-    /// The name, when no available kernel has it.
-    pub fn chosen() -> Result<Self, String> {
-        let Some(name) = std::env::var_os("LORA_COMPRESS_KERNEL").filter(|name| !name.is_empty()) else {
-            return Ok(Self::fastest());
-        };
-        let found = Self::ALL.into_iter().find(|kernel| name == kernel.name() && kernel.is_available());
-        found.ok_or_else(|| name.to_string_lossy().into_owned())
+    /// The kernels that this machine can run, fastest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|kernel| kernel.is_available())
     }
 
     /// Seconds that both products of a Δ of this shape with `width` columns take, the best of `repeats`; for benchmarks.
@@ -138,11 +140,7 @@ impl Kernel {
     /// nothing on the former.
     fn fastest() -> Self {
         let slow_pairs = cfg!(target_arch = "x86_64") && !is_amd();
-        Self::ALL
-            .into_iter()
-            .filter(|kernel| !(slow_pairs && *kernel == Self::Avx512Bf16))
-            .find(|kernel| kernel.is_available())
-            .unwrap_or(Self::Portable)
+        Self::available().find(|kernel| !(slow_pairs && *kernel == Self::Avx512Bf16)).unwrap_or(Self::Portable)
     }
 
     /// Whether it multiplies bf16 values only.

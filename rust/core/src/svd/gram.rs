@@ -20,7 +20,7 @@ pub(super) fn triplets(packed: &Packed, energy: f64, options: SvdOptions) -> Res
     let floor = theta.first().copied().unwrap_or(0.0) * NOISE * NOISE;
     let keep = theta.iter().take(rank).take_while(|&&value| value > floor).count();
     let v = Mat::from_fn(blocks.short(), keep, |i, j| vectors[(i, theta.len() - 1 - j)] as f32);
-    let (image, _) = both_products(Kernel::current(), packed, v.as_ref());
+    let (image, _) = both_products(Kernel::current()?, packed, v.as_ref());
     let sigma = theta.into_iter().take(keep).map(f64::sqrt).collect();
     Ok(Triplets { v, image, sigma, columns: 0 })
 }

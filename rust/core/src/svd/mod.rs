@@ -125,7 +125,7 @@ pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd>
 
 /// Lanczos on the rounded copy, where that is good enough; else on an exact one. Dense when the iteration gives up.
 fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdOptions) -> Result<Triplets> {
-    let kernel = Kernel::current();
+    let kernel = Kernel::current()?;
     if let Some(triplets) = lanczos::triplets(kernel, packed, energy, options)? {
         let captured: f64 = triplets.sigma.iter().map(|sigma| sigma * sigma).sum();
         // Rounding Δ by R turns its leading subspace. R is as good as independent of Δ, so what that costs is of second
