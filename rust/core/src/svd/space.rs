@@ -139,8 +139,9 @@ impl Space {
 }
 
 fn append(matrix: &mut Mat<f32>, columns: MatRef<'_, f32>) {
-    let old = matrix.ncols();
-    matrix.resize_with(columns.nrows(), old + columns.ncols(), |i, j| columns[(i, j - old)]);
+    let (old, rows) = (matrix.ncols(), columns.nrows());
+    matrix.resize_with(rows, old + columns.ncols(), |_, _| 0.0);
+    matrix.as_mut().subcols_mut(old, columns.ncols()).copy_from(columns);
 }
 
 /// Adds the last columns of a symmetric matrix, and with them its last rows.
