@@ -266,6 +266,10 @@ fn deltas_are_formed_from_any_pair_of_dtypes() {
     assert!(matches!(&error, Error::NonFinite { index: 1, path, .. } if path.ends_with("c")), "{error}");
     assert!(same_bytes((&open("a"), "w"), (&open("a"), "w")).unwrap());
     assert!(!same_bytes((&open("a"), "w"), (&open("c"), "w")).unwrap());
+    std::fs::hard_link(path("a"), path("linked")).unwrap();
+    assert!(open("a").shards()[0].is_same_file(&open("linked").shards()[0]));
+    assert!(!open("a").shards()[0].is_same_file(&open("c").shards()[0]));
+    assert!(same_bytes((&open("a"), "w"), (&open("linked"), "w")).unwrap());
 }
 
 #[test]

@@ -200,6 +200,55 @@ fn a_plateau_after_the_rank_is_no_trap() {
 }
 
 #[test]
+fn what_bf16_would_lose_is_not_lost() {
+    // A merged LoRA in f32: rank 8 but for rounding. Rounded to bf16 its tail would be a hundred times as large.
+    let (rows, cols) = (320, 400);
+    let mut values = with_spectrum(rows, cols, 11, |i| if i < 8 { 1.0 / (i + 1) as f32 } else { 0.0 });
+    let mut next = noise(12);
+    values.iter_mut().for_each(|value| *value += 1e-6 * next());
+    assert_eq!(check(values, rows, cols, 8, 1e-4).sigma.len(), 8);
+}
+
+#[test]
+fn pure_noise_is_restarted_and_still_ends() {
+    let mut next = noise(3);
+    let (rows, cols) = (1500, 1400);
+    let values: Vec<f32> = (0..rows * cols).map(|_| next()).collect();
+    let delta = Delta::from_values(values, rows, cols).unwrap();
+    let solve = |tolerance| truncated_svd(&delta, SvdOptions { target: Target::Rank(32), tolerance, seed: 0 }).unwrap();
+    // A space of 384 columns, two products each, is the largest that is kept.
+    let restarted = solve(1e-7);
+    assert!(restarted.columns > 900, "{} columns are no restart", restarted.columns);
+    // Below what f32 can tell: the iteration can't know when it is done, and leaves it to the dense method.
+    let dense = solve(1e-14);
+    assert_eq!(dense.columns, 0);
+    let captured = |svd: &TruncatedSvd| svd.sigma.iter().map(|sigma| sigma * sigma).sum::<f64>();
+    let tail = delta.energy() - captured(&dense);
+    assert!((captured(&dense) - captured(&restarted)).abs() <= 2e-7 * tail, "the restart lost directions");
+}
+
+#[test]
+fn a_target_error_is_met_by_as_few_directions_as_needed() {
+    for (rows, cols, power) in [(300, 260, 1.0), (260, 420, 0.6), (150, 180, 0.8), (400, 400, 0.2)] {
+        let values = with_spectrum(rows, cols, 21, |i| (i as f32 + 1.0).powf(-power));
+        let sigma = singular_values(&values, rows, cols);
+        let total: f64 = sigma.iter().map(|s| s * s).sum();
+        let delta = Delta::from_values(values, rows, cols).unwrap();
+        for error in [0.9, 0.5, 0.1] {
+            let options = SvdOptions { target: Target::Error(error), tolerance: 1e-4, seed: 0 };
+            let svd = truncated_svd(&delta, options).unwrap();
+            let (b, a) = factors(&svd);
+            let reached = (delta.residual_energy(&b, &a).unwrap() / total).sqrt();
+            assert!(reached <= error * (1.0 + 1e-4), "{reached} for {error}");
+            let tail = |rank: usize| sigma.iter().skip(rank).map(|s| s * s).sum::<f64>().sqrt();
+            let fewest = (0..=sigma.len()).find(|&rank| tail(rank) <= error * total.sqrt()).unwrap();
+            // θ are lower bounds of σ: one direction too many where the target lies between two ranks by a hair.
+            assert!(svd.sigma.len() == fewest || svd.sigma.len() == fewest + 1, "{} of {fewest}", svd.sigma.len());
+        }
+    }
+}
+
+#[test]
 fn degenerate_shapes_and_a_zero_delta() {
     for (rows, cols) in [(1, 1), (1, 500), (500, 1), (3, 1000), (1000, 3)] {
         check(with_spectrum(rows, cols, 9, |_| 1.0), rows, cols, 64, 1e-6);

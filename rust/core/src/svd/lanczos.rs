@@ -36,10 +36,12 @@ const PROBE_STEPS: usize = 2;
 const PROBE_WIDTH: usize = 16;
 /// A basis is restarted at this multiple of the rank, or at `ROOMY` columns if that is more.
 const LARGE: usize = 8;
-const ROOMY: usize = 512;
+const ROOMY: usize = 384;
+/// Products beyond this multiple of the shorter side cost more than all of the spectrum by a dense method. Every round adds
+/// some, so this also ends an iteration whose tolerance lies below what f32 can tell.
+const PATIENCE: usize = 6;
 
-/// Leading triplets of a packed Δ with ‖Δ‖² = `energy` > 0; `None` when the target needs more of the spectrum than an iteration
-/// should build.
+/// Leading triplets of a packed Δ with ‖Δ‖² = `energy` > 0; `None` when a dense method would need less work for the same.
 pub(super) fn triplets(kernel: Kernel, packed: &Packed, energy: f64, options: SvdOptions) -> Result<Option<Triplets>> {
     let operator = Operator { kernel, packed };
     let (rows, cols) = packed.tall();
@@ -55,6 +57,9 @@ pub(super) fn triplets(kernel: Kernel, packed: &Packed, energy: f64, options: Sv
     // Ranks are looked for once the space could hold them twice; a rank that is not known yet, all the time.
     let mut rank = if let Target::Rank(rank) = options.target { rank } else { 0 };
     while block.ncols() > 0 {
+        if columns > PATIENCE * cols {
+            return Ok(None);
+        }
         let (image, next) = operator.both(block.as_ref());
         columns += 2 * block.ncols();
         let image_norm = f64::from(image.norm_l2());

@@ -126,11 +126,14 @@ pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd>
 /// Lanczos on the rounded copy, where that is good enough; else on an exact one. Dense when the iteration gives up.
 fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdOptions) -> Result<Triplets> {
     let kernel = Kernel::current()?;
-    if let Some(triplets) = lanczos::triplets(kernel, packed, energy, options)? {
+    // Rounding Δ by R turns its leading subspace. R is as good as independent of Δ, so what that costs is of second order in
+    // ‖R‖: a few times ‖R‖²·r/n (each pair of a kept and a lost direction mixes by about |R_ij|²). Asking for ‖R‖² itself
+    // leaves room for an R that is not so independent.
+    if lost <= options.tolerance * energy {
+        let Some(triplets) = lanczos::triplets(kernel, packed, energy, options)? else {
+            return gram::triplets(&delta.pack_exactly()?, energy, options);
+        };
         let captured: f64 = triplets.sigma.iter().map(|sigma| sigma * sigma).sum();
-        // Rounding Δ by R turns its leading subspace. R is as good as independent of Δ, so what that costs is of second
-        // order in ‖R‖: a few times ‖R‖²·r/n (each pair of a kept and a lost direction mixes by about |R_ij|²). Asking for
-        // ‖R‖² itself leaves room for an R that is not so independent.
         let allowed = options.tolerance * (energy - captured).max(0.0);
         if lost <= allowed {
             // Even if all of R fell into the subspace, an image without it would take a twentieth of the tolerance.
