@@ -28,15 +28,25 @@ class Process:
     peak_rss: float
 
 
+# A process is charged the peak memory of the one it was forked from, so a small one starts it.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - started
+print(json.dumps([status, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000]))
+"""
+
+
 def run(command: Sequence[str], **environment: str) -> Process:
     """Run a command to its end and take the system's account of it."""
-    started = time.perf_counter()
-    nowhere = subprocess.DEVNULL
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=nowhere, stderr=nowhere)
-    _, status, usage = os.wait4(process.pid, 0)
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
+    done = subprocess.run(launcher, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    status, *account = json.loads(done.stdout)
     if status:
-        sys.exit(f"{' '.join(command)} failed")
-    return Process(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return Process(*account)
 
 
 def ours(*arguments: str, **environment: str) -> Process:
