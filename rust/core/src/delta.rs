@@ -9,12 +9,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use faer::{Mat, MatMut, MatRef};
+use faer::{Mat, MatRef};
 
 use crate::checkpoint::Checkpoint;
 use crate::difference::{Difference, with_scratch};
 use crate::error::{Error, Result};
-use crate::kernel::{self, AREA, BLOCK, Sums};
+use crate::kernel::{self, AREA, BLOCK, Packing, Sums};
 use crate::matrix::Matrix;
 use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
@@ -37,6 +37,7 @@ pub struct Delta {
     energy: f64,
     base_energy: f64,
     lost: f64,
+    workspace: Workspace,
 }
 
 impl Delta {
@@ -73,7 +74,15 @@ impl Delta {
             let sums = difference.sums()?;
             let exponent = exponent(sums.largest);
             let (energy, base_energy) = (sums.energy, sums.base_energy);
-            return Ok(Self { difference, packed: None, exponent, energy, base_energy, lost: 0.0 });
+            return Ok(Self {
+                difference,
+                packed: None,
+                exponent,
+                energy,
+                base_energy,
+                lost: 0.0,
+                workspace: workspace.clone(),
+            });
         }
         let (mut sums, mut blocks, mut lost) = pack_bf16(&difference, 0, workspace)?;
         let exponent = exponent(sums.largest);
@@ -82,7 +91,15 @@ impl Delta {
             (sums, blocks, lost) = pack_bf16(&difference, exponent, workspace)?;
         }
         let (energy, base_energy) = (sums.energy, sums.base_energy);
-        Ok(Self { difference, packed: Some(Packed::Bf16(blocks)), exponent, energy, base_energy, lost })
+        Ok(Self {
+            difference,
+            packed: Some(Packed::Bf16(blocks)),
+            exponent,
+            energy,
+            base_energy,
+            lost,
+            workspace: workspace.clone(),
+        })
     }
 
     /// Rows of the matrix view.
@@ -174,32 +191,6 @@ impl Delta {
         Ok(product)
     }
 
-    /// ‖Δ − B·A‖²_F, from the residual itself: right however small it is (`T − Σσ²` would cancel).
-    ///
-    /// # Errors
-    /// As [`Self::load`]; [`Error::UpdateShape`] when the factors do not fit.
-    pub fn residual_energy(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
-        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
-        let down = self.scale().recip();
-        let parts = self.for_strips(
-            |_| 0f64,
-            |sum, rows, strip| {
-                let b = b.view().subrows(rows.start, rows.len());
-                let b = Mat::from_fn(rows.len(), b.ncols(), |i, j| (f64::from(b[(i, j)]) * down) as f32);
-                let cols = strip.ncols();
-                let residual = strip.values();
-                panels::multiply_add(
-                    MatMut::from_row_major_slice_mut(residual, rows.len(), cols),
-                    b.as_ref(),
-                    a.view(),
-                    -1.0,
-                );
-                *sum += kernel::sum_squares(residual);
-            },
-        )?;
-        Ok(parts.iter().sum::<f64>() * self.scale().powi(2))
-    }
-
     /// All of Δ·2^-exponent in f64, in the tall orientation: what exact decompositions work on.
     ///
     /// # Errors
@@ -229,16 +220,13 @@ impl Delta {
     /// # Errors
     /// As [`Self::load`].
     pub(crate) fn pack_exactly(&self) -> Result<Packed> {
-        let mut blocks = Blocks::zeros(self.rows(), self.cols(), &Workspace::default());
-        fill(&self.difference, self.exponent, &mut blocks, |rows, cols, blocks| {
-            for (r, row) in rows.chunks_exact(cols).enumerate() {
-                for (values, block) in row.chunks(BLOCK).zip(blocks.chunks_exact_mut(AREA)) {
-                    block[r * BLOCK..r * BLOCK + values.len()].copy_from_slice(values);
-                }
-            }
-            0.0
-        })?;
+        let blocks = pack_f32(&self.difference, self.exponent, &self.workspace)?;
         Ok(Packed::F32(blocks))
+    }
+
+    /// Where decompositions take memory from.
+    pub(crate) fn workspace(&self) -> &Workspace {
+        &self.workspace
     }
 
     /// 2^exponent: what results on scaled values have to be multiplied with.
@@ -247,7 +235,7 @@ impl Delta {
     }
 
     /// Streams Δ·2^-exponent: chunks of rows side by side, each chunk strip by strip into what `begin` makes of its rows.
-    fn for_strips<A: Send>(
+    pub(crate) fn for_strips<A: Send>(
         &self,
         begin: impl Fn(Range<usize>) -> A + Sync,
         step: impl Fn(&mut A, Range<usize>, Strip<'_>) + Sync,
@@ -274,7 +262,7 @@ impl Delta {
         parts.into_iter().collect()
     }
 
-    fn fits(&self, fits: bool, factors: &[&Matrix]) -> Result<()> {
+    pub(crate) fn fits(&self, fits: bool, factors: &[&Matrix]) -> Result<()> {
         if fits {
             return Ok(());
         }
@@ -288,21 +276,21 @@ impl Delta {
 }
 
 /// Some rows of Δ, in memory for a moment.
-struct Strip<'a> {
+pub(crate) struct Strip<'a> {
     values: &'a mut [f32],
     cols: usize,
 }
 
 impl<'a> Strip<'a> {
-    fn ncols(&self) -> usize {
+    pub(crate) fn ncols(&self) -> usize {
         self.cols
     }
 
-    fn as_ref(&self) -> MatRef<'_, f32> {
+    pub(crate) fn as_ref(&self) -> MatRef<'_, f32> {
         MatRef::from_row_major_slice(self.values, self.values.len() / self.cols.max(1), self.cols)
     }
 
-    fn values(self) -> &'a mut [f32] {
+    pub(crate) fn values(self) -> &'a mut [f32] {
         self.values
     }
 }
@@ -318,33 +306,58 @@ pub fn energies(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> 
 
 /// Δ·2^-exponent as blocks of bf16, its sums (unscaled), and what the rounding loses (scaled).
 fn pack_bf16(difference: &Difference, exponent: i32, workspace: &Workspace) -> Result<(Sums, Blocks<u16>, f64)> {
-    let mut blocks = Blocks::zeros(difference.rows(), difference.cols(), workspace);
-    let (sums, lost) = fill(difference, exponent, &mut blocks, kernel::pack_rows)?;
-    Ok((sums, blocks, lost))
-}
-
-/// Fills `blocks` strip by strip with what `pack(rows, cols, blocks)` makes of scaled rows; adds up sums and what `pack`
-/// returns.
-fn fill<T: Pod + Send + Sync>(
-    difference: &Difference,
-    exponent: i32,
-    blocks: &mut Blocks<T>,
-    pack: impl Fn(&[f32], usize, &mut [T]) -> f64 + Sync,
-) -> Result<(Sums, f64)> {
-    let (rows, cols) = (difference.rows(), difference.cols());
-    let parts = blocks.fill(|strip, blocks| {
-        let first = strip * BLOCK;
-        with_scratch((rows - first).min(BLOCK) * cols, |values, scratch| {
-            let sums = difference.read(first * cols, values, scratch)?;
+    let mut blocks = Blocks::anything(difference.rows(), difference.cols(), workspace);
+    let packing = fill(difference, &mut blocks, |strip, rows, blocks| {
+        with_scratch(rows.len() * difference.cols(), |values, scratch| {
+            if exponent == 0
+                && let Some(packing) = difference.pack_stored(strip, rows.clone(), blocks, scratch)?
+            {
+                return Ok(packing);
+            }
+            let sums = difference.read(rows.start * difference.cols(), values, scratch)?;
             rescale(values, exponent);
-            Ok((sums, pack(values, cols, blocks)))
+            Ok(Packing { sums, lost: kernel::pack_rows(values, difference.cols(), rows.start - strip, blocks) })
         })
     })?;
-    let mut total = (Sums::default(), 0.0);
-    for (sums, lost) in parts {
-        total.0.add(sums);
-        total.1 += lost;
-    }
+    Ok((packing.sums, blocks, packing.lost))
+}
+
+/// Δ·2^-exponent as blocks of f32.
+fn pack_f32(difference: &Difference, exponent: i32, workspace: &Workspace) -> Result<Blocks<f32>> {
+    let cols = difference.cols();
+    let mut blocks = Blocks::anything(difference.rows(), cols, workspace);
+    fill(difference, &mut blocks, |strip, rows, blocks| {
+        with_scratch(rows.len() * cols, |values, scratch| {
+            let sums = difference.read(rows.start * cols, values, scratch)?;
+            rescale(values, exponent);
+            for (row, values) in (rows.start - strip..).zip(values.chunks_exact(cols)) {
+                for (values, block) in values.chunks(BLOCK).zip(blocks.chunks_exact_mut(AREA)) {
+                    block[row * BLOCK..row * BLOCK + values.len()].copy_from_slice(values);
+                }
+            }
+            Ok(Packing { sums, lost: 0.0 })
+        })
+    })?;
+    Ok(blocks)
+}
+
+/// Fills blocks with `pack(first row of the strip, rows, blocks of the strip)`, some rows at a time; adds up what that returns.
+fn fill<T: Pod + Send + Sync>(
+    difference: &Difference,
+    blocks: &mut Blocks<T>,
+    pack: impl Fn(usize, Range<usize>, &mut [T]) -> Result<Packing> + Sync,
+) -> Result<Packing> {
+    let height = (READ / difference.cols().max(1)).clamp(1, BLOCK);
+    let parts = blocks.fill(|strip, blocks| {
+        let first = strip * BLOCK;
+        let mut total = Packing::default();
+        for rows in panels::cut((difference.rows() - first).min(BLOCK), height) {
+            total.add(pack(first, first + rows.start..first + rows.end, blocks)?);
+        }
+        Ok(total)
+    })?;
+    let mut total = Packing::default();
+    parts.into_iter().for_each(|part| total.add(part));
     Ok(total)
 }
 

@@ -4,12 +4,13 @@
 //! of `shape[0]` rows; a vector or scalar as a single row.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::{Dtype, Element, decode, with_element};
 use crate::error::{Error, Result};
-use crate::kernel::{self, Sums};
+use crate::kernel::{self, Packing, Sums};
 use crate::panels;
 
 /// Where the values of a difference come from.
@@ -33,6 +34,16 @@ pub(crate) struct Difference {
 pub(crate) struct Scratch {
     bytes: Vec<u8>,
     base: Vec<f32>,
+}
+
+impl Scratch {
+    /// Room for bytes of both sides, holding anything.
+    fn pair(&mut self, base: usize, tuned: usize) -> (&mut [u8], &mut [u8]) {
+        if self.bytes.len() < base + tuned {
+            self.bytes.resize(base + tuned, 0);
+        }
+        self.bytes[..base + tuned].split_at_mut(base)
+    }
 }
 
 /// Runs `job` with this thread's scratch and room for `len` values, which hold anything.
@@ -91,6 +102,31 @@ impl Difference {
         Ok(total)
     }
 
+    /// Where both sides are stored in bf16: rows `row..row + count` into blocks of a strip that begins at row `strip`, in one
+    /// pass over the files' bytes. `None` for other dtypes.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(crate) fn pack_stored(
+        &self,
+        strip: usize,
+        rows: Range<usize>,
+        blocks: &mut [u16],
+        scratch: &mut Scratch,
+    ) -> Result<Option<Packing>> {
+        let Source::Files { base, tuned, dtypes: (Dtype::BF16, Dtype::BF16) } = &self.source else { return Ok(None) };
+        let (begin, len) = (rows.start * self.cols, rows.len() * self.cols);
+        let (base_bytes, tuned_bytes) = scratch.pair(2 * len, 2 * len);
+        base.read_bytes(&self.name, 2 * begin as u64, base_bytes)?;
+        tuned.read_bytes(&self.name, 2 * begin as u64, tuned_bytes)?;
+        let packing = kernel::subtract_and_pack(base_bytes, tuned_bytes, self.cols, rows.start - strip, blocks);
+        if packing.sums.is_finite() {
+            return Ok(Some(packing));
+        }
+        // The slower way says what is wrong, and where.
+        self.read(begin, &mut vec![0f32; len], scratch).map(|sums| Some(Packing { sums, ..packing }))
+    }
+
     /// Elements from flat index `begin` on into `out`, and their sums.
     ///
     /// # Errors
@@ -109,12 +145,9 @@ impl Difference {
             }
         };
         let sizes = (dtypes.0.bits() as usize / 8, dtypes.1.bits() as usize / 8);
-        let needed = out.len() * (sizes.0 + sizes.1);
-        if scratch.bytes.len() < needed {
-            scratch.bytes.resize(needed, 0);
-        }
-        scratch.base.resize(CACHED, 0.0);
-        let (base_bytes, tuned_bytes) = scratch.bytes[..needed].split_at_mut(out.len() * sizes.0);
+        let mut widened = std::mem::take(&mut scratch.base);
+        widened.resize(CACHED, 0.0);
+        let (base_bytes, tuned_bytes) = scratch.pair(out.len() * sizes.0, out.len() * sizes.1);
         base.read_bytes(&self.name, (begin * sizes.0) as u64, base_bytes)?;
         tuned.read_bytes(&self.name, (begin * sizes.1) as u64, tuned_bytes)?;
         let mut sums = Sums::default();
@@ -124,12 +157,13 @@ impl Difference {
                 sums.add(subtract_wide(dtypes, base_bytes, tuned_bytes, out));
                 continue;
             }
-            let base = &mut scratch.base[..out.len()];
+            let base = &mut widened[..out.len()];
             widen(dtypes.0, base_bytes, base);
             widen(dtypes.1, tuned_bytes, out);
             sums.add(kernel::subtract(base, out));
         }
-        if sums.energy.is_finite() && sums.base_energy.is_finite() {
+        if sums.is_finite() {
+            scratch.base = widened;
             return Ok(sums);
         }
         for (side, dtype, bytes) in [(base, dtypes.0, &*base_bytes), (tuned, dtypes.1, &*tuned_bytes)] {

@@ -40,6 +40,7 @@ mod merge;
 mod packed;
 mod panels;
 mod pattern;
+mod residual;
 mod same;
 mod svd;
 mod update;

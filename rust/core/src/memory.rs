@@ -1,4 +1,4 @@
-//! Large arrays of zeros, and a workspace that uses their memory again.
+//! Large arrays, and a workspace that uses their memory again.
 //!
 //! A packed Δ is read front to back a dozen times and written once: in huge pages that costs a fraction of the page faults and
 //! of the address translations. The kernel is asked for them where it gives them on request, and need not comply. Fresh
@@ -47,15 +47,14 @@ impl<T: Pod> Array<T> {
     /// Below this, the heap serves as well.
     const LARGE: usize = 1 << 21;
 
-    /// `len` zeros in memory of `workspace`, or in new memory that it gets back.
-    pub(crate) fn zeros(len: usize, workspace: &Workspace) -> Self {
+    /// `len` values in memory of `workspace`, or in new memory that it gets back: zeros, or what was there before.
+    pub(crate) fn holding_anything(len: usize, workspace: &Workspace) -> Self {
         let bytes = len * size_of::<T>();
         let mut array = Self { len, heap: Vec::new(), map: None, home: workspace.clone() };
         if bytes < Self::LARGE {
             array.heap = vec![T::zeroed(); len];
         } else if let Some(map) = workspace.take(bytes) {
             array.map = Some(map);
-            array.values_mut().fill(T::zeroed());
         } else if let Ok(map) = MmapMut::map_anon(bytes) {
             // Advice only: without huge pages it is slower, not wrong.
             #[cfg(target_os = "linux")]
@@ -95,17 +94,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_used_again_and_zero_again() {
+    fn memory_is_used_again() {
         let workspace = Workspace::default();
-        let mut first = Array::<u16>::zeros(3 << 20, &workspace);
+        let mut first = Array::<u16>::holding_anything(3 << 20, &workspace);
         first.values_mut().fill(7);
         let place = first.values().as_ptr();
         drop(first);
-        let second = Array::<f32>::zeros(1 << 20, &workspace);
+        let second = Array::<f32>::holding_anything(1 << 20, &workspace);
         assert_eq!(second.values().as_ptr().cast(), place);
-        assert!(second.values().iter().all(|&value| value == 0.0));
-        let third = Array::<u16>::zeros(3 << 20, &workspace);
-        assert!(third.values().iter().all(|&value| value == 0));
+        let third = Array::<u16>::holding_anything(3 << 20, &workspace);
+        assert!(third.values().iter().all(|&value| value == 0), "new memory is zero");
         assert_eq!((second.values().len(), third.values().len()), (1 << 20, 3 << 20));
     }
 }

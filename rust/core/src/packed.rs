@@ -30,9 +30,9 @@ pub(crate) enum Packed {
 }
 
 impl<T: Pod> Blocks<T> {
-    /// Zeros.
-    pub(crate) fn zeros(rows: usize, cols: usize, workspace: &Workspace) -> Self {
-        let values = Array::zeros(rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK) * AREA, workspace);
+    /// To be filled.
+    pub(crate) fn anything(rows: usize, cols: usize, workspace: &Workspace) -> Self {
+        let values = Array::holding_anything(rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK) * AREA, workspace);
         Self { values, rows, cols }
     }
 
@@ -99,8 +99,8 @@ impl Blocks<f32> {
 const ROUND: usize = 8;
 
 impl<T: Pod + Send + Sync> Blocks<T> {
-    /// Fills strip after strip: `job(strip, blocks)` gets the number of 32 rows of Δ and their blocks from left to right, zeros.
-    /// Returns what the jobs return, by strip.
+    /// Fills strip after strip: `job(strip, blocks)` gets the number of 32 rows of Δ and their blocks from left to right, whose
+    /// padding is zero. Returns what the jobs return, by strip.
     ///
     /// # Errors
     /// The first strip's that fails.
@@ -109,6 +109,13 @@ impl<T: Pod + Send + Sync> Blocks<T> {
         if across == 0 {
             return Ok(Vec::new());
         }
+        let (whole, ragged) = (self.rows / BLOCK, !self.cols.is_multiple_of(BLOCK));
+        let job = |strip: usize, blocks: &mut [T]| {
+            if ragged || strip >= whole {
+                blocks.fill(T::zeroed());
+            }
+            job(strip, blocks)
+        };
         if !self.is_wide() {
             let strips = self.values.values_mut().par_chunks_mut(across).enumerate();
             return strips.map(|(strip, blocks)| job(strip, blocks)).collect();

@@ -71,10 +71,28 @@ pub(crate) fn gram(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Mat<f64> {
 
 /// `N` columns from the first on, the last again where there are no more.
 fn columns<const N: usize>(matrix: MatRef<'_, f32>, first: usize) -> [&[f32]; N] {
-    std::array::from_fn(|n| {
-        let column = matrix.col((first + n).min(matrix.ncols() - 1));
-        column.try_as_col_major().map_or(&[][..], |column| column.as_slice())
-    })
+    std::array::from_fn(|n| column(matrix, (first + n).min(matrix.ncols() - 1)))
+}
+
+/// A column; empty if it is not contiguous.
+pub(crate) fn column(matrix: MatRef<'_, f32>, number: usize) -> &[f32] {
+    matrix.col(number).try_as_col_major().map_or(&[][..], |column| column.as_slice())
+}
+
+/// A column to be written; empty if it is not contiguous.
+pub(crate) fn column_mut(matrix: MatMut<'_, f32>, number: usize) -> &mut [f32] {
+    matrix.col_mut(number).try_as_col_major_mut().map_or(&mut [][..], |column| column.as_slice_mut())
+}
+
+/// Cuts a matrix into strips of `height` rows.
+pub(crate) fn strips(mut matrix: MatMut<'_, f32>, height: usize) -> Vec<(Range<usize>, MatMut<'_, f32>)> {
+    let mut strips = Vec::new();
+    for rows in cut(matrix.nrows(), height) {
+        let (strip, rest) = matrix.split_at_row_mut(rows.len());
+        strips.push((rows, strip));
+        matrix = rest;
+    }
+    strips
 }
 
 /// `leftᵀ·right` on the calling thread.
@@ -82,6 +100,15 @@ pub(crate) fn inner_f64(left: MatRef<'_, f64>, right: MatRef<'_, f64>) -> Mat<f6
     let mut product = Mat::<f64>::zeros(left.ncols(), right.ncols());
     matmul(product.as_mut(), Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
     product
+}
+
+/// ⟨left, right⟩ = Σ left·right over all elements, column by column in f64.
+pub(crate) fn inner_product(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> f64 {
+    let columns: Vec<f64> = (0..left.ncols())
+        .into_par_iter()
+        .map(|j| column(left, j).iter().zip(column(right, j)).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum())
+        .collect();
+    columns.iter().sum()
 }
 
 /// One step of classical Gram–Schmidt: `block − basis·N⁻¹·basisᵀ·block`, where N = basisᵀ·basis is so near to the identity that
@@ -135,21 +162,5 @@ pub(crate) fn tall_times_small(left: MatRef<'_, f32>, right: MatRef<'_, f32>) ->
 
 /// Runs `job` on strips of `height` rows of a matrix, in parallel.
 fn for_row_strips(matrix: MatMut<'_, f32>, height: usize, job: impl Fn(Range<usize>, MatMut<'_, f32>) + Sync + Send) {
-    fn split(
-        rows: Range<usize>,
-        matrix: MatMut<'_, f32>,
-        height: usize,
-        job: &(impl Fn(Range<usize>, MatMut<'_, f32>) + Sync),
-    ) {
-        if rows.len() <= height {
-            return job(rows, matrix);
-        }
-        let half = (rows.len().div_ceil(height) / 2) * height;
-        let (top, bottom) = matrix.split_at_row_mut(half);
-        let middle = rows.start + half;
-        rayon::join(|| split(rows.start..middle, top, height, job), || split(middle..rows.end, bottom, height, job));
-    }
-    if matrix.ncols() > 0 {
-        split(0..matrix.nrows(), matrix, height, &job);
-    }
+    strips(matrix, height).into_par_iter().for_each(|(rows, strip)| job(rows, strip));
 }

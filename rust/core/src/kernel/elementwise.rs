@@ -1,10 +1,8 @@
 //! Loops over elements, compiled for several instruction sets. All give the same bits: sums run in sixteen lanes of f64 that are
 //! written out, and Rust never contracts a multiplication and an addition.
 
-use super::{AREA, BLOCK};
-
 /// Lanes of a sum.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// What one pass over a difference gathers.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,6 +16,11 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
+    /// Whether all elements on both sides are.
+    pub(crate) fn is_finite(&self) -> bool {
+        self.energy.is_finite() && self.base_energy.is_finite()
+    }
+
     /// Takes in what another part has gathered.
     pub(crate) fn add(&mut self, other: Self) {
         self.energy += other.energy;
@@ -61,6 +64,8 @@ macro_rules! dispatched {
         }
     };
 }
+
+pub(super) use dispatched;
 
 dispatched! {
     /// Little-endian bf16 as f32.
@@ -171,45 +176,5 @@ dispatched! {
             }
         }
         sums
-    }
-}
-
-dispatched! {
-    /// Up to 32 rows of `cols` elements as blocks of bf16 (padding is left alone); returns ‖rows − bf16(rows)‖².
-    fn pack_rows(rows: &[f32], cols: usize, blocks: &mut [u16]) -> f64 {
-        let mut lost = [0f64; LANES];
-        for (r, row) in rows.chunks_exact(cols).enumerate() {
-            for (values, block) in row.chunks(BLOCK).zip(blocks.chunks_exact_mut(AREA)) {
-                let out = &mut block[r * BLOCK..(r + 1) * BLOCK];
-                for (values, out) in values.chunks(LANES).zip(out.chunks_exact_mut(LANES)) {
-                    match (values.try_into(), out.try_into()) {
-                        (Ok(values), Ok(out)) => round_lanes(values, out, &mut lost),
-                        (_, out) => {
-                            let mut padded = [0f32; LANES];
-                            padded[..values.len()].copy_from_slice(values);
-                            if let Ok(out) = out {
-                                round_lanes(&padded, out, &mut lost);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        lost.iter().sum()
-    }
-}
-
-/// Rounds to the nearest bf16, ties to even; adds the squares of what that takes away.
-#[inline(always)]
-fn round_lanes(values: &[f32; LANES], out: &mut [u16; LANES], lost: &mut [f64; LANES]) {
-    let mut rest = [0f32; LANES];
-    for i in 0..LANES {
-        let bits = values[i].to_bits();
-        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        out[i] = rounded as u16;
-        rest[i] = values[i] - f32::from_bits(rounded << 16);
-    }
-    for i in 0..LANES {
-        lost[i] += f64::from(rest[i]) * f64::from(rest[i]);
     }
 }

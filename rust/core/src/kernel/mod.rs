@@ -21,6 +21,7 @@ mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod in_bf16;
 mod in_f32;
+mod pack;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -30,12 +31,14 @@ mod x86;
 
 use std::sync::OnceLock;
 
-pub(crate) use elementwise::{Sums, inner_tile, pack_rows, subtract, sum_squares, widen_bf16};
-use faer::{Mat, MatRef};
+pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16};
+use faer::{Mat, MatMut, MatRef};
+pub(crate) use pack::{Packing, pack_rows, subtract_and_pack};
 
 use crate::error::{Error, Result};
 use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
+use walk::Operands;
 
 /// Rows and columns of a block.
 pub(crate) const BLOCK: usize = 32;
@@ -123,14 +126,16 @@ impl Kernel {
     /// Seconds that both products of a Δ of this shape with `width` columns take, the best of `repeats`; for benchmarks.
     #[must_use]
     pub fn measure(self, rows: usize, cols: usize, width: usize, repeats: usize) -> f64 {
-        let mut blocks = Blocks::<u16>::zeros(rows, cols, &Workspace::default());
+        let workspace = Workspace::default();
+        let mut blocks = Blocks::<u16>::anything(rows, cols, &workspace);
         // Values do not matter, but no subnormal ones: 1, in every element.
         blocks.values_mut().fill(0x3f80);
         let packed = Packed::Bf16(blocks);
         let v = Mat::from_fn(rows.min(cols), width, |i, j| ((i + j) % 7) as f32 - 3.0);
-        let time = || {
+        let (mut y, mut z) = (Mat::zeros(rows.max(cols), width), Mat::zeros(rows.min(cols), width));
+        let mut time = || {
             let started = std::time::Instant::now();
-            std::hint::black_box(both_products(self, &packed, v.as_ref()));
+            products(self, &packed, v.as_ref(), y.as_mut(), Some(z.as_mut()), &workspace);
             started.elapsed().as_secs_f64()
         };
         (0..repeats).map(|_| time()).fold(f64::INFINITY, f64::min)
@@ -146,6 +151,13 @@ impl Kernel {
     /// Whether it multiplies bf16 values only.
     pub(crate) fn rounds_operands(self) -> bool {
         matches!(self, Self::Amx | Self::Avx512Bf16)
+    }
+
+    /// The kernel that multiplies Δ with these very values: `self`, or one in f32 where it would round them.
+    pub(crate) fn exact_for(self, v: MatRef<'_, f32>) -> Self {
+        let is_bf16 = |value: &f32| value.to_bits() & 0xffff == 0;
+        let exact = !self.rounds_operands() || v.col_iter().all(|column| column.iter().all(is_bf16));
+        if exact { self } else { self.for_f32() }
     }
 
     /// Columns that a product is best given at a time: multiples of this.
@@ -178,14 +190,23 @@ fn is_amd() -> bool {
     false
 }
 
-/// Y = Δ·V and Z = Δᵀ·Y in the tall orientation (Δ or its transpose, whichever has more rows), with one read of Δ.
+/// Y = Δ·V and, where `z` is given, Z = Δᵀ·Y in the tall orientation (Δ or its transpose, whichever has more rows), with one read
+/// of Δ. Both are overwritten, and have columns that are contiguous.
 ///
 /// `v` has as many rows as the shorter side. A kernel that rounds operands expects bf16 values in it.
-pub(crate) fn both_products(kernel: Kernel, packed: &Packed, v: MatRef<'_, f32>) -> (Mat<f32>, Mat<f32>) {
+pub(crate) fn products(
+    kernel: Kernel,
+    packed: &Packed,
+    v: MatRef<'_, f32>,
+    y: MatMut<'_, f32>,
+    z: Option<MatMut<'_, f32>>,
+    workspace: &Workspace,
+) {
     // Asked again at the door of unsafe code, whoever has chosen the kernel.
     let kernel = if kernel.is_available() { kernel } else { Kernel::Portable };
+    let operands = Operands { v, y, z, workspace };
     match packed {
-        Packed::Bf16(blocks) => dispatch::bf16_blocks(kernel, blocks, v),
-        Packed::F32(blocks) => dispatch::f32_blocks(kernel.for_f32(), blocks, v),
+        Packed::Bf16(blocks) => dispatch::bf16_blocks(kernel, blocks, operands),
+        Packed::F32(blocks) => dispatch::f32_blocks(kernel.for_f32(), blocks, operands),
     }
 }

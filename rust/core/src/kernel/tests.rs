@@ -30,7 +30,7 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn packed(values: &[f32], rows: usize, cols: usize, exact: bool) -> Packed {
     let take = |strip: usize| &values[strip * BLOCK * cols..((strip + 1) * BLOCK * cols).min(values.len())];
     if exact {
-        let mut blocks = Blocks::zeros(rows, cols, &Workspace::default());
+        let mut blocks = Blocks::anything(rows, cols, &Workspace::default());
         blocks
             .fill(|strip, blocks: &mut [f32]| {
                 for (r, row) in take(strip).chunks(cols).enumerate() {
@@ -43,8 +43,8 @@ fn packed(values: &[f32], rows: usize, cols: usize, exact: bool) -> Packed {
             .unwrap();
         Packed::F32(blocks)
     } else {
-        let mut blocks = Blocks::zeros(rows, cols, &Workspace::default());
-        let lost = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, blocks))).unwrap();
+        let mut blocks = Blocks::anything(rows, cols, &Workspace::default());
+        let lost = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, 0, blocks))).unwrap();
         // bf16 values survive, but for subnormal ones nothing is rounded away either.
         assert_eq!(lost.iter().sum::<f64>(), 0.0);
         Packed::Bf16(blocks)
@@ -60,8 +60,14 @@ fn check(kernel: Kernel, rows: usize, cols: usize, width: usize, exact: bool, se
     let at = |i: usize, j: usize| f64::from(if rows < cols { delta[j * cols + i] } else { delta[i * cols + j] });
     let v_values = values(short * width, seed ^ 1);
     let v = Mat::from_fn(short, width, |i, j| v_values[i * width + j]);
-    let (y, z) = both_products(kernel, &packed(&delta, rows, cols, exact), v.as_ref());
-    assert_eq!((y.nrows(), y.ncols(), z.nrows(), z.ncols()), (long, width, short, width));
+    let packed = packed(&delta, rows, cols, exact);
+    // What is there already must not matter.
+    let (mut y, mut z) = (Mat::from_fn(long, width, |_, _| f32::NAN), Mat::from_fn(short, width, |_, _| f32::NAN));
+    let workspace = Workspace::default();
+    products(kernel, &packed, v.as_ref(), y.as_mut(), Some(z.as_mut()), &workspace);
+    let mut y_alone = Mat::zeros(long, width);
+    products(kernel, &packed, v.as_ref(), y_alone.as_mut(), None, &workspace);
+    assert_eq!(y, y_alone);
     let u = f64::from(f32::EPSILON);
     let tiny = f64::from(f32::MIN_POSITIVE);
     let rounding = if kernel.rounds_operands() && !exact { 2f64.powi(-8) } else { 0.0 };
@@ -148,9 +154,9 @@ proptest! {
     #[test]
     fn packing_rounds_to_nearest_even_and_tells_what_it_lost(rows in 1usize..40, cols in 1usize..80, seed: u64) {
         let delta: Vec<f32> = values(rows * cols, seed).iter().enumerate().map(|(i, v)| v * (1.0 + i as f32 * 1e-4)).collect();
-        let mut blocks = Blocks::<u16>::zeros(rows, cols, &Workspace::default());
+        let mut blocks = Blocks::<u16>::anything(rows, cols, &Workspace::default());
         let take = |strip: usize| &delta[strip * BLOCK * cols..((strip + 1) * BLOCK * cols).min(delta.len())];
-        let lost: f64 = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, blocks))).unwrap().iter().sum();
+        let lost: f64 = blocks.fill(|strip, blocks| Ok(pack_rows(take(strip), cols, 0, blocks))).unwrap().iter().sum();
         let mut expected = 0.0;
         for i in 0..rows {
             for j in 0..cols {

@@ -16,6 +16,8 @@ pub(super) trait Lanes {
     type Sums: Copy;
     /// f32 sums in one register.
     const WIDTH: usize;
+    /// No sums yet.
+    const ZERO: Self::Sums;
 
     unsafe fn load(from: *const f32) -> Self::Sums;
     unsafe fn store(sums: Self::Sums, to: *mut f32);
@@ -56,8 +58,13 @@ pub(super) unsafe fn multiply<
         // SAFETY: the caller vouches for the bounds; every offset below stays within one block, operand or cell.
         unsafe {
             let place = |r: usize, v: usize| out.add((first + r) * GROUP + result(v));
-            let mut sums: [[L::Sums; VECTORS]; ROWS] =
-                std::array::from_fn(|r| std::array::from_fn(|v| L::load(place(r, v))));
+            // No closure may load: it would be compiled without the kernel's instructions, and the sums go through memory.
+            let mut sums = [[L::ZERO; VECTORS]; ROWS];
+            for (r, row) in sums.iter_mut().enumerate() {
+                for (v, sums) in row.iter_mut().enumerate() {
+                    *sums = L::load(place(r, v));
+                }
+            }
             for block in 0..count {
                 let (h, x) = (h.add(block * step + first * ROW), x.add(block * x_step));
                 for k in 0..DEPTH {
@@ -85,6 +92,7 @@ impl Lanes for Portable {
     type Word = f32;
     type Sums = [f32; 8];
     const WIDTH: usize = 8;
+    const ZERO: [f32; 8] = [0.0; 8];
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> [f32; 8] {

@@ -4,11 +4,13 @@
 //! result does not depend on the number of threads.
 
 use bytemuck::Pod;
-use faer::{Mat, MatRef};
+use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::{AREA, BLOCK, CELL, GROUP};
+use crate::memory::{Array, Workspace};
 use crate::packed::Blocks;
+use crate::panels;
 
 /// Chunks that a matrix is cut into, at most: each has a Z of its own, which has to be added up.
 const CHUNKS: usize = 8;
@@ -16,8 +18,12 @@ const CHUNKS: usize = 8;
 const SHORTEST: usize = 8;
 /// Panels that are multiplied before Z is touched, at most.
 const TALLEST: usize = 8;
-/// Bytes of Δ that stay in cache between their two uses.
-const CACHED: usize = 1 << 20;
+/// Bytes of Δ that stay in the second-level cache between their two uses, beside operand, sums and what is fetched ahead.
+const CACHED: usize = 1 << 18;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Blocks of rows that one thread converts at a time.
+const CONVERTED: usize = 16;
 
 /// One block times groups of 16 columns.
 ///
@@ -52,7 +58,7 @@ pub(super) trait Multiply {
     fn result(turned: bool, cell: &[f32], out: &mut [f32; CELL]);
 }
 
-/// Panels `first..first + panels` of Δ, and what they are multiplied with.
+/// Some panels of Δ, and what they are multiplied with.
 pub(super) struct Chunk<'a, M: Multiply> {
     pub(super) panels: &'a [M::Stored],
     /// Blocks in a panel.
@@ -61,14 +67,10 @@ pub(super) struct Chunk<'a, M: Multiply> {
     /// `[block][group][CELL]`.
     pub(super) operand: &'a [M::Operand],
     pub(super) groups: usize,
-}
-
-/// What a chunk contributes.
-pub(super) struct Partial {
-    /// Cells of Y: `[panel][group]`, 32×16 each.
-    y: Vec<f32>,
-    /// Cells of Z, as the kernel leaves them: `[block][group]`.
-    z: Vec<f32>,
+    /// The rows of Y that these panels give.
+    pub(super) y: MatMut<'a, f32>,
+    /// Cells of these panels' part of Z as the kernel leaves them, `[block][group]`; empty where Z is not asked for.
+    pub(super) z: &'a mut [f32],
 }
 
 /// Both products of a chunk. To be inlined into a function that enables the kernel's instructions.
@@ -76,39 +78,41 @@ pub(super) struct Partial {
 /// # Safety
 /// The instructions of `M` must be available.
 #[inline(always)]
-pub(super) unsafe fn both<M: Multiply>(chunk: Chunk<'_, M>) -> Partial {
-    let Chunk { panels, depth, wide, operand, groups } = chunk;
+pub(super) unsafe fn both<M: Multiply>(chunk: Chunk<'_, M>) {
+    let Chunk { panels, depth, wide, operand, groups, mut y, z } = chunk;
     let (panel, cells) = (depth * AREA, groups * CELL);
-    let count = panels.len() / panel;
     let height = (CACHED / (panel * size_of::<M::Block>())).clamp(1, TALLEST);
-    let mut y = vec![0f32; count * cells];
-    let mut z = vec![0f32; depth * cells];
     let mut handed = vec![M::Operand::default(); height * cells];
-    // SAFETY: the caller vouches for the instructions.
-    let session = unsafe { M::session() };
+    let mut sums = vec![0f32; cells];
     let mut scratch = Vec::new();
     let mut cell = [0f32; CELL];
-    for (panels, y) in panels.chunks(height * panel).zip(y.chunks_mut(height * cells)) {
-        let tall = panels.len() / panel;
-        let panels = M::stage(panels, &mut scratch);
-        for (number, (blocks, sums)) in panels.chunks(panel).zip(y.chunks_mut(cells)).enumerate() {
+    z.fill(0.0);
+    // SAFETY: the caller vouches for the instructions.
+    let session = unsafe { M::session() };
+    for (visit, stored) in panels.chunks(height * panel).enumerate() {
+        let tall = stored.len() / panel;
+        let ahead = stored.as_ptr_range().end;
+        let blocks = M::stage(stored, &mut scratch);
+        for (number, blocks) in blocks.chunks(panel).enumerate() {
+            sums.fill(0.0);
             // SAFETY: as above; likewise below.
             unsafe {
                 if wide {
-                    M::turned(blocks, AREA, depth, operand, sums);
+                    M::turned(blocks, AREA, depth, operand, &mut sums);
                 } else {
-                    M::plain(blocks, AREA, depth, operand, sums);
+                    M::plain(blocks, AREA, depth, operand, &mut sums);
                 }
             }
             let handed = &mut handed[number * cells..(number + 1) * cells];
-            for (sums, handed) in sums.chunks_mut(CELL).zip(handed.chunks_mut(CELL)) {
+            for (group, (sums, handed)) in sums.chunks(CELL).zip(handed.chunks_mut(CELL)).enumerate() {
                 M::result(wide, sums, &mut cell);
+                place(&mut y, visit * height + number, group, &cell);
                 M::operand(!wide, &cell, handed);
-                sums.copy_from_slice(&cell);
             }
         }
         for (block, sums) in z.chunks_mut(cells).enumerate() {
-            let blocks = &panels[block * AREA..];
+            fetch::<M::Stored>(ahead, block * tall * AREA..(block + 1) * tall * AREA);
+            let blocks = &blocks[block * AREA..];
             unsafe {
                 if wide {
                     M::plain(blocks, panel, tall, &handed[..tall * cells], sums);
@@ -119,70 +123,102 @@ pub(super) unsafe fn both<M: Multiply>(chunk: Chunk<'_, M>) -> Partial {
         }
     }
     drop(session);
-    Partial { y, z }
 }
 
-/// The product by a kernel: cuts, runs, adds up.
+/// Asks for elements behind `from` to be brought into cache: otherwise the first product of a panel would wait for memory. There need not be any.
+#[inline(always)]
+fn fetch<T>(from: *const T, elements: std::ops::Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    for element in elements.step_by(LINE / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing; an address that is not mapped is ignored.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(element).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, elements, LINE);
+}
+
+/// What is multiplied with Δ, and where the products go.
+pub(super) struct Operands<'a> {
+    pub(super) v: MatRef<'a, f32>,
+    pub(super) y: MatMut<'a, f32>,
+    pub(super) z: Option<MatMut<'a, f32>>,
+    pub(super) workspace: &'a Workspace,
+}
+
+/// The products by a kernel: cuts, runs, adds up.
 pub(super) fn products<M: Multiply>(
     blocks: &Blocks<M::Stored>,
-    v: MatRef<'_, f32>,
-    run: impl Fn(Chunk<'_, M>) -> Partial + Sync,
-) -> (Mat<f32>, Mat<f32>) {
+    operands: Operands<'_>,
+    run: impl Fn(Chunk<'_, M>) + Sync + Send,
+) {
+    let Operands { v, y, z, workspace } = operands;
     let groups = v.ncols().div_ceil(GROUP).next_multiple_of(M::GROUPS);
-    let (depth, cells) = (blocks.depth(), groups * CELL);
+    let (depth, wide, cells) = (blocks.depth(), blocks.is_wide(), groups * CELL);
     let mut operand = vec![M::Operand::default(); depth * cells];
-    for (block, operand) in operand.chunks_mut(cells).enumerate() {
-        for (group, operand) in operand.chunks_mut(CELL).enumerate() {
-            M::operand(blocks.is_wide(), &padded(v, block, group), operand);
-        }
-    }
-    let panel = depth * AREA;
-    let per_chunk = (blocks.panels().div_ceil(CHUNKS)).max(SHORTEST);
-    let parts: Vec<Partial> = blocks
-        .values()
-        .par_chunks(per_chunk * panel)
-        .map(|panels| run(Chunk { panels, depth, wide: blocks.is_wide(), operand: &operand, groups }))
-        .collect();
-
-    let mut y = Mat::zeros(blocks.long(), v.ncols());
-    let mut z_cells = vec![0f32; depth * cells];
-    for (number, part) in parts.iter().enumerate() {
-        for (panel, sums) in part.y.chunks(cells).enumerate() {
-            for (group, sums) in sums.chunks(CELL).enumerate() {
-                place(&mut y, number * per_chunk + panel, group, sums);
+    operand.par_chunks_mut(CONVERTED * cells).enumerate().for_each(|(part, operand)| {
+        let mut cell = [0f32; CELL];
+        for (block, operand) in operand.chunks_mut(cells).enumerate() {
+            for (group, operand) in operand.chunks_mut(CELL).enumerate() {
+                take(v, part * CONVERTED + block, group, &mut cell);
+                M::operand(wide, &cell, operand);
             }
         }
-        z_cells.iter_mut().zip(&part.z).for_each(|(sum, part)| *sum += part);
+    });
+    let panel = depth * AREA;
+    let per_chunk = (blocks.panels().div_ceil(CHUNKS)).max(SHORTEST);
+    let part = if z.is_some() { depth * cells } else { 0 };
+    let mut sums = Array::<f32>::holding_anything(blocks.panels().div_ceil(per_chunk) * part, workspace);
+    let mut rest = sums.values_mut();
+    let mut chunks = Vec::with_capacity(CHUNKS);
+    let strips = panels::strips(y, per_chunk * BLOCK);
+    for (panels, (_, y)) in blocks.values().chunks(per_chunk * panel).zip(strips) {
+        let (z, others) = std::mem::take(&mut rest).split_at_mut(part);
+        rest = others;
+        chunks.push(Chunk { panels, depth, wide, operand: &operand, groups, y, z });
     }
-    let mut z = Mat::zeros(blocks.short(), v.ncols());
-    let mut cell = [0f32; CELL];
-    for (block, sums) in z_cells.chunks(cells).enumerate() {
-        for (group, sums) in sums.chunks(CELL).enumerate() {
-            M::result(!blocks.is_wide(), sums, &mut cell);
-            place(&mut z, block, group, &cell);
+    chunks.into_par_iter().for_each(run);
+
+    let Some(z) = z else { return };
+    let sums = sums.values();
+    panels::strips(z, CONVERTED * BLOCK).into_par_iter().for_each(|(rows, mut z)| {
+        let mut cell = [0f32; CELL];
+        for block in 0..rows.len().div_ceil(BLOCK) {
+            for group in 0..groups {
+                let place_of = (rows.start / BLOCK + block) * cells + group * CELL;
+                let mut total = [0f32; CELL];
+                for part in sums.chunks(part) {
+                    total.iter_mut().zip(&part[place_of..]).for_each(|(sum, part)| *sum += part);
+                }
+                M::result(!wide, &total, &mut cell);
+                place(&mut z, block, group, &cell);
+            }
         }
-    }
-    (y, z)
+    });
 }
 
 /// Rows `32·block..` and columns `16·group..` of a matrix, padded with zeros.
-fn padded(matrix: MatRef<'_, f32>, block: usize, group: usize) -> [f32; CELL] {
-    let mut cell = [0f32; CELL];
+fn take(matrix: MatRef<'_, f32>, block: usize, group: usize, cell: &mut [f32; CELL]) {
+    cell.fill(0.0);
     let (top, left) = (block * BLOCK, group * GROUP);
+    let bottom = matrix.nrows().min(top + BLOCK);
     for j in left..matrix.ncols().min(left + GROUP) {
-        for i in top..matrix.nrows().min(top + BLOCK) {
-            cell[(i - top) * GROUP + j - left] = matrix[(i, j)];
+        let column = panels::column(matrix, j);
+        for (row, &value) in cell.chunks_exact_mut(GROUP).zip(&column[top..bottom]) {
+            row[j - left] = value;
         }
     }
-    cell
 }
 
 /// Writes a 32×16 cell into a matrix, without the padding.
-fn place(matrix: &mut Mat<f32>, block: usize, group: usize, cell: &[f32]) {
+#[inline(always)]
+fn place(matrix: &mut MatMut<'_, f32>, block: usize, group: usize, cell: &[f32; CELL]) {
     let (top, left) = (block * BLOCK, group * GROUP);
+    let bottom = matrix.nrows().min(top + BLOCK);
     for j in left..matrix.ncols().min(left + GROUP) {
-        for i in top..matrix.nrows().min(top + BLOCK) {
-            matrix[(i, j)] = cell[(i - top) * GROUP + j - left];
+        let column = panels::column_mut(matrix.as_mut(), j);
+        for (value, row) in column[top..bottom].iter_mut().zip(cell.chunks_exact(GROUP)) {
+            *value = row[j - left];
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use super::elementwise::LANES;
+use super::pack;
 use super::vector::Lanes;
 use super::{AREA, BLOCK};
 
@@ -12,6 +14,8 @@ impl Lanes for Avx2 {
     type Word = f32;
     type Sums = __m256;
     const WIDTH: usize = 8;
+    // SAFETY: any bits are valid in both.
+    const ZERO: __m256 = unsafe { std::mem::transmute::<[f32; 8], __m256>([0.0; 8]) };
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m256 {
@@ -39,6 +43,8 @@ impl Lanes for Avx512 {
     type Word = f32;
     type Sums = __m512;
     const WIDTH: usize = 16;
+    // SAFETY: any bits are valid in both.
+    const ZERO: __m512 = unsafe { std::mem::transmute::<[f32; 16], __m512>([0.0; 16]) };
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m512 {
@@ -66,6 +72,8 @@ impl Lanes for Avx512Bf16 {
     type Word = u32;
     type Sums = __m512;
     const WIDTH: usize = 16;
+    // SAFETY: any bits are valid in both.
+    const ZERO: __m512 = unsafe { std::mem::transmute::<[f32; 16], __m512>([0.0; 16]) };
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m512 {
@@ -144,4 +152,67 @@ pub(super) unsafe fn inner_tile(left: [*const f32; 4], right: [*const f32; 4], r
     }
     // SAFETY: a register of eight f64 and an array of them have the same bits.
     sums.map(|row| row.map(|sum| unsafe { std::mem::transmute::<__m512d, [f64; 8]>(sum) }))
+}
+
+/// One row of `tuned − base` (little-endian bf16) into row `row` of blocks, and its sums into `lanes`: what
+/// `pack::subtract_and_pack_lanes` does, to the bit.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ and VL must be available, both rows equally long, and `blocks` have room for the row.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) unsafe fn subtract_and_pack(
+    base: &[u8],
+    tuned: &[u8],
+    row: usize,
+    blocks: &mut [u16],
+    lanes: &mut pack::Lanes,
+) {
+    let halves = |values: &[f64; LANES]| {
+        // SAFETY: an array of sixteen has two registers of eight.
+        unsafe { [_mm512_loadu_pd(values.as_ptr()), _mm512_loadu_pd(values.as_ptr().add(8))] }
+    };
+    let mut sums = [halves(&lanes.energy), halves(&lanes.base_energy), halves(&lanes.lost)];
+    let mut largest = _mm512_set1_ps(0.0);
+    let count = base.len() / 2;
+    for first in (0..count).step_by(LANES) {
+        let here = ((1u32 << LANES.min(count - first)) - 1) as __mmask16;
+        // SAFETY: masked loads touch `here` only; the row of a block has room for two whole groups.
+        let (before, after, out) = unsafe {
+            (
+                _mm256_maskz_loadu_epi16(here, base.as_ptr().cast::<i16>().add(first)),
+                _mm256_maskz_loadu_epi16(here, tuned.as_ptr().cast::<i16>().add(first)),
+                blocks.as_mut_ptr().add(first / BLOCK * AREA + row * BLOCK + first % BLOCK),
+            )
+        };
+        let widen = |bits| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+        let before = widen(before);
+        let delta = _mm512_sub_ps(widen(after), before);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(delta));
+        let bits = _mm512_castps_si512(delta);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        let rounded = _mm512_srli_epi32::<16>(up);
+        let lost = _mm512_sub_ps(delta, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(rounded)));
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(out.cast(), _mm512_cvtepi32_epi16(rounded)) };
+        for (sums, values) in sums.iter_mut().zip([delta, before, lost]) {
+            let low = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
+            let high = _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(values));
+            // The square of an f32 is exact in f64: fused or not, the sum is rounded once.
+            sums[0] = _mm512_fmadd_pd(low, low, sums[0]);
+            sums[1] = _mm512_fmadd_pd(high, high, sums[1]);
+        }
+    }
+    for (lanes, sums) in [&mut lanes.energy, &mut lanes.base_energy, &mut lanes.lost].into_iter().zip(sums) {
+        // SAFETY: as for `halves`.
+        unsafe {
+            _mm512_storeu_pd(lanes.as_mut_ptr(), sums[0]);
+            _mm512_storeu_pd(lanes.as_mut_ptr().add(8), sums[1]);
+        }
+    }
+    // SAFETY: an array of sixteen f32 is one register.
+    unsafe {
+        let most = _mm512_max_ps(_mm512_loadu_ps(lanes.largest.as_ptr()), largest);
+        _mm512_storeu_ps(lanes.largest.as_mut_ptr(), most);
+    }
 }

@@ -7,12 +7,13 @@ use faer::Mat;
 
 use super::{SvdOptions, Triplets, eigen, space::NOISE};
 use crate::error::Result;
-use crate::kernel::{Kernel, both_products};
+use crate::kernel::{self, Kernel};
+use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
 use crate::panels;
 
 /// Leading triplets of a Δ that is packed exactly.
-pub(super) fn triplets(packed: &Packed, energy: f64, options: SvdOptions) -> Result<Triplets> {
+pub(super) fn triplets(packed: &Packed, energy: f64, options: SvdOptions, workspace: &Workspace) -> Result<Triplets> {
     let Packed::F32(blocks) = packed else { return Ok(Triplets::none(0, 0)) };
     let (values, vectors) = eigen(gram(blocks).as_ref())?;
     let theta: Vec<f64> = values.into_iter().rev().collect();
@@ -20,7 +21,8 @@ pub(super) fn triplets(packed: &Packed, energy: f64, options: SvdOptions) -> Res
     let floor = theta.first().copied().unwrap_or(0.0) * NOISE * NOISE;
     let keep = theta.iter().take(rank).take_while(|&&value| value > floor).count();
     let v = Mat::from_fn(blocks.short(), keep, |i, j| vectors[(i, theta.len() - 1 - j)] as f32);
-    let (image, _) = both_products(Kernel::current()?, packed, v.as_ref());
+    let mut image = Mat::zeros(blocks.long(), keep);
+    kernel::products(Kernel::current()?, packed, v.as_ref(), image.as_mut(), None, workspace);
     let sigma = theta.into_iter().take(keep).map(f64::sqrt).collect();
     Ok(Triplets { v, image, sigma, columns: 0 })
 }

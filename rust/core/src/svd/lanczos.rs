@@ -21,19 +21,17 @@
 //! of the top-r energy shrink geometrically, and their predicted sum bounds the excess. θ ≤ σ by interlacing: what is
 //! claimed is always reached.
 
-use faer::{Mat, MatRef};
+use faer::{Mat, MatMut, MatRef};
 
+use super::columns::Columns;
+use super::search::{PROBE_WIDTH, Random, Search, Step};
 use super::space::{NOISE, Space};
-use super::{DENSE, SvdOptions, Target, Triplets};
+use super::{SvdOptions, Target, Triplets};
 use crate::error::Result;
-use crate::kernel::{Kernel, both_products};
+use crate::kernel::{self, Kernel};
+use crate::memory::Workspace;
 use crate::packed::Packed;
 
-/// Energy below this share of ‖Δ‖² cannot be told from rounding of the captured energy.
-const ENERGY_NOISE: f64 = 1e-10;
-/// Steps from the random block before a claim is believed, and its columns.
-const PROBE_STEPS: usize = 2;
-const PROBE_WIDTH: usize = 16;
 /// A basis is restarted at this multiple of the rank, or at `ROOMY` columns if that is more.
 const LARGE: usize = 8;
 const ROOMY: usize = 384;
@@ -42,91 +40,68 @@ const ROOMY: usize = 384;
 const PATIENCE: usize = 6;
 
 /// Leading triplets of a packed Δ with ‖Δ‖² = `energy` > 0; `None` when a dense method would need less work for the same.
-pub(super) fn triplets(kernel: Kernel, packed: &Packed, energy: f64, options: SvdOptions) -> Result<Option<Triplets>> {
-    let operator = Operator { kernel, packed };
+pub(super) fn triplets(
+    kernel: Kernel,
+    packed: &Packed,
+    energy: f64,
+    options: SvdOptions,
+    workspace: &Workspace,
+) -> Result<Option<Triplets>> {
+    let operator = Operator { kernel, packed, workspace };
     let (rows, cols) = packed.tall();
     let width = operator.width(options.target).min(cols);
-    let mut random = Random(options.seed);
-    let mut space = Space::new(rows, cols, 12 * width);
+    let mut random = Random::new(options.seed);
+    let mut search = Search::new(options, energy, cols);
+    let mut space = Space::new(rows, cols, 16 * width, workspace);
     let mut columns = 2 * width;
-    let start = operator.both(operator.round(random.block(cols, width)).as_ref()).1;
+    let start = operator.gram(operator.round(random.block(cols, width)).as_ref());
     let mut block = operator.round(space.orthonormalise(start, 0.0)?);
-    let mut progress = Progress::default();
-    let mut probe: Option<Probe> = None;
-    let mut checked_at = 0;
-    // Ranks are looked for once the space could hold them twice; a rank that is not known yet, all the time.
-    let mut rank = if let Target::Rank(rank) = options.target { rank } else { 0 };
     while block.ncols() > 0 {
         if columns > PATIENCE * cols {
             return Ok(None);
         }
-        let (image, next) = operator.both(block.as_ref());
-        columns += 2 * block.ncols();
-        let image_norm = f64::from(image.norm_l2());
-        if probe.as_ref().is_some_and(|probe| probe.steps == 0)
-            && image_norm.powi(2) <= NOISE * NOISE * energy * width as f64
-        {
+        // Δᵀ is multiplied with the block's image only where that will probably be needed.
+        let mut product = (!search.may_end(space.size() + block.ncols())).then(|| Mat::zeros(cols, block.ncols()));
+        let image_norm = space.extend(block.as_ref(), |image| {
+            operator.multiply(block.as_ref(), image, product.as_mut().map(Mat::as_mut));
+        });
+        columns += if product.is_some() { 2 } else { 1 } * block.ncols();
+        if search.begins_probe() && image_norm.powi(2) <= NOISE * NOISE * energy * width as f64 {
             break; // Nothing but rounding noise is left outside the space.
         }
-        space.extend(block.as_ref(), image.as_ref());
         if space.size() >= cols {
             break;
         }
         let floor = f64::from(f32::EPSILON) * 8.0 * space.peak() * image_norm;
-        let next = operator.round(space.orthonormalise(next, floor)?);
-        let exhausted = next.ncols() == 0;
-        let mut fresh = exhausted;
-        let due = match &mut probe {
-            Some(probe) => {
-                probe.steps += 1;
-                exhausted || probe.steps == PROBE_STEPS
-            }
-            // The eigenproblem costs K³: solve it when the basis has grown enough for the answer to have changed.
-            None => exhausted || (space.size() >= 2 * rank && 10 * space.size() >= 11 * checked_at),
+        let mut next = match product {
+            Some(product) => Some(operator.round(space.orthonormalise(product, floor)?)),
+            None => None,
         };
-        if due {
-            checked_at = space.size();
-            let theta = space.ritz_values()?;
-            let wanted = options.target.rank(&theta, energy);
-            if wanted.is_none() && DENSE * space.size() > cols {
-                return Ok(None);
-            }
-            // A rank that is still sinking begins a new series of increments.
-            let found = wanted.unwrap_or(0);
-            if found != rank {
-                progress = Progress::default();
-                probe = None;
-                rank = found;
-            }
-            let captured: f64 = theta.iter().take(rank).sum();
-            // A probe sees some of what is hidden, not all of it: it may show an eighth of what is allowed.
-            let allowed = 0.125 * options.tolerance * (energy - captured).max(ENERGY_NOISE * energy);
-            match probe.take() {
-                Some(claim) if captured - claim.captured <= allowed => break,
-                Some(_) => progress = Progress::default(),
-                None if rank > 0 && progress.done(captured, energy, options.tolerance) || exhausted => {
-                    probe = Some(Probe { captured, steps: 0 });
-                    fresh = true;
-                }
-                None => {}
-            }
+        let exhausted = next.as_ref().is_some_and(|next| next.ncols() == 0);
+        let step = search.step(space.size(), exhausted, || space.ritz_values())?;
+        match step {
+            Step::Done => break,
+            Step::Dense => return Ok(None),
+            Step::Probe | Step::Go => {}
         }
-        let kept = rank + width;
-        if probe.is_none() && space.size() >= (LARGE * rank).max(ROOMY).max(2 * kept) {
+        let kept = search.rank() + width;
+        let full = space.size() >= (LARGE * search.rank()).max(ROOMY).max(2 * kept);
+        if next.is_none() && !matches!(step, Step::Probe) {
+            let product = operator.gram(block.as_ref());
+            columns += 2 * block.ncols();
+            next = Some(operator.round(space.orthonormalise(product, floor)?));
+        }
+        if full && !search.is_probing() {
             let basis = operator.round(space.leading_basis(kept)?);
-            let image = operator.both(basis.as_ref()).0;
-            columns += 2 * basis.ncols();
-            space = Space::new(rows, cols, 2 * kept);
-            space.extend(basis.as_ref(), image.as_ref());
-            checked_at = 0;
+            columns += basis.ncols();
+            space = Space::new(rows, cols, 2 * kept + 4 * width, workspace);
+            space.extend(basis.as_ref(), |image| operator.multiply(basis.as_ref(), image, None));
+            search.restarted();
         }
         let room = cols - space.size();
-        block = if fresh {
-            operator.round(space.orthonormalise(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?)
-        } else if next.ncols() > room {
-            next.subcols(0, room).to_owned()
-        } else {
-            next
+        block = match next {
+            Some(next) if !matches!(step, Step::Probe) => next.subcols(0, next.ncols().min(room)).to_owned(),
+            _ => operator.round(space.orthonormalise(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?),
         };
     }
     let rank = match options.target {
@@ -140,11 +115,22 @@ pub(super) fn triplets(kernel: Kernel, packed: &Packed, energy: f64, options: Sv
 struct Operator<'a> {
     kernel: Kernel,
     packed: &'a Packed,
+    workspace: &'a Workspace,
 }
 
 impl Operator<'_> {
-    fn both(&self, v: MatRef<'_, f32>) -> (Mat<f32>, Mat<f32>) {
-        both_products(self.kernel, self.packed, v)
+    /// Δ·v into `image` and, where it is asked for, Δᵀ·Δ·v into `product`.
+    fn multiply(&self, v: MatRef<'_, f32>, image: MatMut<'_, f32>, product: Option<MatMut<'_, f32>>) {
+        kernel::products(self.kernel, self.packed, v, image, product, self.workspace);
+    }
+
+    /// ΔᵀΔ·v.
+    fn gram(&self, v: MatRef<'_, f32>) -> Mat<f32> {
+        let (rows, cols) = self.packed.tall();
+        let mut image = Columns::new(rows, v.ncols(), self.workspace);
+        let mut product = Mat::zeros(cols, v.ncols());
+        self.multiply(v, image.add(v.ncols()), Some(product.as_mut()));
+        product
     }
 
     /// Rounds a block to what the kernel multiplies.
@@ -164,68 +150,5 @@ impl Operator<'_> {
             Target::Rank(rank) => rank.div_ceil(4).next_multiple_of(group).clamp(group, 64),
             Target::Error(_) => 32,
         }
-    }
-}
-
-/// A claim of convergence under test: the energy captured when it was made, and the steps taken since from a fresh random
-/// block. A Krylov space holds at most one direction per start vector of every repeated singular value, and few of a tight
-/// cluster: it can look converged without having seen the others. A random block outside the space sees them.
-struct Probe {
-    captured: f64,
-    steps: usize,
-}
-
-/// The stopping rule: energy increments, and what they predict.
-#[derive(Default)]
-struct Progress {
-    captured: f64,
-    increment: Option<f64>,
-}
-
-impl Progress {
-    /// Whether the excess of the top-r error is predicted to be within `tolerance`.
-    fn done(&mut self, captured: f64, energy: f64, tolerance: f64) -> bool {
-        let error = energy - captured;
-        if error <= ENERGY_NOISE * energy {
-            return true;
-        }
-        let previous = self.increment;
-        let increment = captured - self.captured;
-        let first = self.captured == 0.0;
-        self.captured = captured;
-        if first {
-            return false;
-        }
-        self.increment = Some(increment.max(0.0));
-        // One ratio is needed for a prediction; increments at rounding level need none.
-        if increment <= ENERGY_NOISE * energy {
-            return true;
-        }
-        let Some(previous) = previous else { return false };
-        let ratio = (increment / previous).clamp(0.0, 0.95);
-        let to_come = increment * ratio / (1.0 - ratio);
-        // ‖Δ−Δ̂‖/‖Δ−Δ_r‖ − 1 ≈ ½·(missing energy)/(error energy); half the tolerance is kept for the prediction's own error.
-        0.5 * to_come / error < 0.5 * tolerance
-    }
-}
-
-/// SplitMix64 (Steele, Lea & Flood 2014): counter based, so a block depends on seed and position alone. Uniform numbers serve a
-/// random start as well as normal ones do, and need no library function that could differ between platforms.
-struct Random(u64);
-
-impl Random {
-    fn block(&mut self, rows: usize, cols: usize) -> Mat<f32> {
-        Mat::from_fn(rows, cols, |_, _| self.uniform())
-    }
-
-    /// Uniform in [−1, 1).
-    fn uniform(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
-        // The top 24 bits fill a significand exactly.
-        ((z >> 40) as f32) / 8_388_608.0 - 1.0
     }
 }

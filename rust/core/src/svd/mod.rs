@@ -7,12 +7,14 @@
 //! | file | method | for |
 //! |---|---|---|
 //! | `exact` | dense SVD in f64 | a shorter side up to 192 |
-//! | `lanczos` | adaptive block Lanczos on a packed Δ | low ranks |
+//! | `lanczos` (`search`, `space`, `columns`) | adaptive block Lanczos on a packed Δ | low ranks |
 //! | `gram` | eigenvectors of ΔᵀΔ in f64 | ranks beyond a sixth of the shorter side |
 
+mod columns;
 mod exact;
 mod gram;
 mod lanczos;
+mod search;
 mod space;
 
 use faer::{Mat, MatRef, Side};
@@ -116,7 +118,7 @@ pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd>
         _ if nothing => Triplets::none(delta.rows().max(delta.cols()), short),
         None => exact::triplets(delta, energy, options)?,
         Some(_) if matches!(options.target, Target::Rank(rank) if rank * DENSE > short) => {
-            gram::triplets(&delta.pack_exactly()?, energy, options)?
+            gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace())?
         }
         Some((packed, lost)) => iterate(delta, packed, lost, energy, options)?,
     };
@@ -130,8 +132,8 @@ fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdO
     // ‖R‖: a few times ‖R‖²·r/n (each pair of a kept and a lost direction mixes by about |R_ij|²). Asking for ‖R‖² itself
     // leaves room for an R that is not so independent.
     if lost <= options.tolerance * energy {
-        let Some(triplets) = lanczos::triplets(kernel, packed, energy, options)? else {
-            return gram::triplets(&delta.pack_exactly()?, energy, options);
+        let Some(triplets) = lanczos::triplets(kernel, packed, energy, options, delta.workspace())? else {
+            return gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace());
         };
         let captured: f64 = triplets.sigma.iter().map(|sigma| sigma * sigma).sum();
         let allowed = options.tolerance * (energy - captured).max(0.0);
@@ -141,9 +143,9 @@ fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdO
         }
     }
     let exact = delta.pack_exactly()?;
-    match lanczos::triplets(kernel, &exact, energy, options)? {
+    match lanczos::triplets(kernel, &exact, energy, options, delta.workspace())? {
         Some(triplets) => Ok(triplets),
-        None => gram::triplets(&exact, energy, options),
+        None => gram::triplets(&exact, energy, options, delta.workspace()),
     }
 }
 

@@ -2,10 +2,12 @@
 
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Mat, MatRef, Par, Side};
+use faer::{Mat, MatMut, MatRef, Par, Side};
 
+use super::columns::Columns;
 use super::{Triplets, eigen, no_eigenvalues};
 use crate::error::Result;
+use crate::memory::Workspace;
 use crate::panels;
 
 /// Directions below this share of the largest are rounding noise of the f32 products.
@@ -17,31 +19,24 @@ pub(super) const NOISE: f64 = 1e-6;
 /// matrix VᵀV is kept, and Ritz values solve MᵀM·c = θ²·VᵀV·c. So rounding a basis vector makes it another basis vector,
 /// never an error of the result.
 pub(super) struct Space {
-    basis: Mat<f32>,
-    image: Mat<f32>,
+    basis: Columns,
+    image: Columns,
     overlap: Mat<f64>,
     gram: Mat<f64>,
 }
 
 impl Space {
-    pub(super) fn new(rows: usize, cols: usize, capacity: usize) -> Self {
+    pub(super) fn new(rows: usize, cols: usize, capacity: usize, workspace: &Workspace) -> Self {
         Self {
-            basis: Mat::with_capacity(cols, capacity),
-            image: Mat::with_capacity(rows, capacity),
+            basis: Columns::new(cols, capacity, workspace),
+            image: Columns::new(rows, capacity, workspace),
             overlap: Mat::new(),
             gram: Mat::new(),
         }
-        .with_shapes(rows, cols)
-    }
-
-    fn with_shapes(mut self, rows: usize, cols: usize) -> Self {
-        self.basis.resize_with(cols, 0, |_, _| 0.0);
-        self.image.resize_with(rows, 0, |_, _| 0.0);
-        self
     }
 
     pub(super) fn size(&self) -> usize {
-        self.basis.ncols()
+        self.overlap.ncols()
     }
 
     /// A lower bound of σ₁, good enough to scale a noise floor.
@@ -49,11 +44,14 @@ impl Space {
         (0..self.size()).map(|j| self.gram[(j, j)]).fold(0.0, f64::max).sqrt()
     }
 
-    pub(super) fn extend(&mut self, block: MatRef<'_, f32>, image: MatRef<'_, f32>) {
-        append(&mut self.basis, block);
-        append(&mut self.image, image);
-        border(&mut self.overlap, &panels::gram(self.basis.as_ref(), block));
-        border(&mut self.gram, &panels::gram(self.image.as_ref(), image));
+    /// Takes in a block; `multiply` writes its image. Returns the norm of that.
+    pub(super) fn extend(&mut self, block: MatRef<'_, f32>, multiply: impl FnOnce(MatMut<'_, f32>)) -> f64 {
+        let old = self.size();
+        self.basis.add(block.ncols()).copy_from(block);
+        multiply(self.image.add(block.ncols()));
+        border(&mut self.overlap, &panels::gram(self.basis.all(), self.basis.from(old)));
+        border(&mut self.gram, &panels::gram(self.image.all(), self.image.from(old)));
+        (old..self.size()).map(|j| self.gram[(j, j)]).sum::<f64>().sqrt()
     }
 
     /// Ritz values θ², descending.
@@ -98,8 +96,7 @@ impl Space {
         for _ in 0..4 {
             if self.size() > 0 {
                 // A pass leaves 1e-6 or so of what it takes away: that matters once nearly all is taken away.
-                while panels::project_out(self.basis.as_ref(), self.overlap.as_ref(), &mut block) > 0.9999 && passes < 8
-                {
+                while panels::project_out(self.basis.all(), self.overlap.as_ref(), &mut block) > 0.9999 && passes < 8 {
                     passes += 1;
                 }
             }
@@ -123,25 +120,19 @@ impl Space {
 
     /// The `count` leading Ritz vectors, orthonormal up to f32 rounding.
     pub(super) fn leading_basis(&self, count: usize) -> Result<Mat<f32>> {
-        Ok(panels::tall_times_small(self.basis.as_ref(), self.ritz(count)?.1.as_ref()))
+        Ok(panels::tall_times_small(self.basis.all(), self.ritz(count)?.1.as_ref()))
     }
 
     /// The `rank` leading Ritz triplets, without those that are rounding noise.
     pub(super) fn leading(&self, rank: usize, columns: usize) -> Result<Triplets> {
         let (theta, coefficients) = self.ritz(rank)?;
         Ok(Triplets {
-            v: panels::tall_times_small(self.basis.as_ref(), coefficients.as_ref()),
-            image: panels::tall_times_small(self.image.as_ref(), coefficients.as_ref()),
+            v: panels::tall_times_small(self.basis.all(), coefficients.as_ref()),
+            image: panels::tall_times_small(self.image.all(), coefficients.as_ref()),
             sigma: theta.into_iter().take(coefficients.ncols()).map(f64::sqrt).collect(),
             columns,
         })
     }
-}
-
-fn append(matrix: &mut Mat<f32>, columns: MatRef<'_, f32>) {
-    let (old, rows) = (matrix.ncols(), columns.nrows());
-    matrix.resize_with(rows, old + columns.ncols(), |_, _| 0.0);
-    matrix.as_mut().subcols_mut(old, columns.ncols()).copy_from(columns);
 }
 
 /// Adds the last columns of a symmetric matrix, and with them its last rows.

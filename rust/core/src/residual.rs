@@ -1,0 +1,90 @@
+//! ‖Δ − B·A‖²: what factors leave of a delta.
+//!
+//! Two ways. The *direct* one forms the residual from the files: right however small it is, for any factors. The *short* one
+//! multiplies the packed copy with one factor, at the kernels' speed:
+//!
+//! ```text
+//! ‖Δ − B·A‖² = ‖Δ‖² − 2·⟨Δ·Aᵀ, B⟩ + ⟨BᵀB, A·Aᵀ⟩
+//! ```
+//!
+//! It is taken where its two errors are small beside the result: cancellation between the terms, and what rounding Δ by R to
+//! bf16 does to the second one, at most ‖R‖·‖B·A‖.
+
+use faer::{Mat, MatMut};
+
+use crate::delta::Delta;
+use crate::error::Result;
+use crate::kernel::{self, Kernel};
+use crate::matrix::Matrix;
+use crate::packed::Packed;
+use crate::panels;
+
+/// The short way has to leave this share of ‖Δ‖²: f32 sums are right to some 1e-7 of the whole.
+const LEAST: f64 = 1e-2;
+/// Share of the result that rounding Δ may change: if all of it fell into the direction of B·A, and if it is as good as
+/// independent of that direction, which makes the change √(rows·cols) times smaller.
+const AT_WORST: f64 = 2e-2;
+const USUALLY: f64 = 2e-6;
+
+impl Delta {
+    /// ‖Δ − B·A‖²_F. Where Δ has been rounded to be decomposed, right to a few millionths; else as [`Self::direct_residual`].
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`crate::Error::UpdateShape`] when the factors do not fit.
+    pub fn residual_energy(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
+        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
+        match self.short_residual(b, a)? {
+            Some(energy) => Ok(energy),
+            None => self.direct_residual(b, a),
+        }
+    }
+
+    /// ‖Δ − B·A‖²_F from the residual itself, formed from the files.
+    ///
+    /// # Errors
+    /// As [`Self::residual_energy`].
+    pub fn direct_residual(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
+        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
+        let down = self.scale().recip();
+        let parts = self.for_strips(
+            |_| 0f64,
+            |sum, rows, strip| {
+                let b = b.view().subrows(rows.start, rows.len());
+                let b = Mat::from_fn(rows.len(), b.ncols(), |i, j| (f64::from(b[(i, j)]) * down) as f32);
+                let cols = strip.ncols();
+                let residual = strip.values();
+                panels::multiply_add(
+                    MatMut::from_row_major_slice_mut(residual, rows.len(), cols),
+                    b.as_ref(),
+                    a.view(),
+                    -1.0,
+                );
+                *sum += kernel::sum_squares(residual);
+            },
+        )?;
+        Ok(parts.iter().sum::<f64>() * self.scale().powi(2))
+    }
+
+    /// `None` where it might be wrong.
+    fn short_residual(&self, b: &Matrix, a: &Matrix) -> Result<Option<f64>> {
+        let Some((packed @ Packed::Bf16(blocks), lost)) = self.packed() else { return Ok(None) };
+        if b.cols() == 0 || self.scale() != 1.0 {
+            return Ok(None);
+        }
+        let (b, a) = (b.view().to_owned(), a.view().transpose().to_owned());
+        let (long, short) = if blocks.is_wide() { (&a, &b) } else { (&b, &a) };
+        let mut image = Mat::zeros(long.nrows(), long.ncols());
+        let kernel = Kernel::current()?.exact_for(short.as_ref());
+        kernel::products(kernel, packed, short.as_ref(), image.as_mut(), None, self.workspace());
+        let inner = panels::inner_product(image.as_ref(), long.as_ref());
+        let gram = |factor: &Mat<f32>| panels::gram(factor.as_ref(), factor.as_ref());
+        let (left, right) = (gram(&b), gram(&a));
+        let product: f64 = left.col_iter().zip(right.col_iter()).map(|(left, right)| left.transpose() * right).sum();
+        let energy = self.energy() - 2.0 * inner + product;
+        let turned = 2.0 * (lost * product).sqrt();
+        let elements = (self.rows() as f64) * (self.cols() as f64);
+        let trusted = turned <= AT_WORST * energy && turned <= USUALLY * energy * elements.sqrt();
+        let trusted = trusted && energy > LEAST * self.energy();
+        Ok(trusted.then_some(energy))
+    }
+}
