@@ -68,6 +68,7 @@ lint-python: build .venv/dev
 .PHONY: test-rust
 test-rust:  ## Rust tests: properties against f64 references, files, doctests
 	cargo test --package lora-compress-core --quiet
+	LORA_COMPRESS_KERNEL=portable cargo test --package lora-compress-core --test svd --quiet
 
 .PHONY: test-python
 test-python: build .venv/dev  ## Python tests that need no PyTorch (HYPOTHESIS_PROFILE=slow searches longer)

@@ -25,7 +25,7 @@ use faer::{Mat, MatMut, MatRef};
 
 use super::columns::Columns;
 use super::search::{PROBE_WIDTH, Random, Search, Step};
-use super::space::{NOISE, Space};
+use super::space::{NOISE, Space, round};
 use super::{SvdOptions, Target, Triplets};
 use crate::error::Result;
 use crate::kernel::{self, Kernel};
@@ -52,21 +52,23 @@ pub(super) fn triplets(
     let width = operator.width(options.target).min(cols);
     let mut random = Random::new(options.seed);
     let mut search = Search::new(options, energy, cols);
-    let mut space = Space::new(rows, cols, 16 * width, workspace);
+    let mut space = Space::new(rows, cols, 16 * width, operator.in_bf16(), workspace);
     let mut columns = 2 * width;
-    let start = operator.gram(operator.round(random.block(cols, width)).as_ref());
-    let mut block = operator.round(space.orthonormalise(start, 0.0)?);
+    let start = random.block(cols, width);
+    let start = operator.gram(if operator.in_bf16() { round(start) } else { start }.as_ref());
+    let mut block = space.new_vectors(start, 0.0)?;
     while block.ncols() > 0 {
         if columns > PATIENCE * cols {
             return Ok(None);
         }
         // Δᵀ is multiplied with the block's image only where that will probably be needed.
         let mut product = (!search.may_end(space.size() + block.ncols())).then(|| Mat::zeros(cols, block.ncols()));
-        let image_norm = space.extend(block.as_ref(), |image| {
+        let (image_norm, outside) = space.extend(block.as_ref(), |image| {
             operator.multiply(block.as_ref(), image, product.as_mut().map(Mat::as_mut));
         });
         columns += if product.is_some() { 2 } else { 1 } * block.ncols();
-        if search.begins_probe() && image_norm.powi(2) <= NOISE * NOISE * energy * width as f64 {
+        let faint = outside.powi(2) <= NOISE * NOISE * energy * width as f64;
+        if faint && search.begins_probe() {
             break; // Nothing but rounding noise is left outside the space.
         }
         if space.size() >= cols {
@@ -74,10 +76,10 @@ pub(super) fn triplets(
         }
         let floor = f64::from(f32::EPSILON) * 8.0 * space.peak() * image_norm;
         let mut next = match product {
-            Some(product) => Some(operator.round(space.orthonormalise(product, floor)?)),
+            Some(product) => Some(space.new_vectors(product, floor)?),
             None => None,
         };
-        let exhausted = next.as_ref().is_some_and(|next| next.ncols() == 0);
+        let exhausted = faint || next.as_ref().is_some_and(|next| next.ncols() == 0);
         let step = search.step(space.size(), exhausted, || space.ritz_values())?;
         match step {
             Step::Done => break,
@@ -89,19 +91,21 @@ pub(super) fn triplets(
         if next.is_none() && !matches!(step, Step::Probe) {
             let product = operator.gram(block.as_ref());
             columns += 2 * block.ncols();
-            next = Some(operator.round(space.orthonormalise(product, floor)?));
+            next = Some(space.new_vectors(product, floor)?);
         }
         if full && !search.is_probing() {
-            let basis = operator.round(space.leading_basis(kept)?);
+            let basis = space.leading_basis(kept)?;
             columns += basis.ncols();
-            space = Space::new(rows, cols, 2 * kept + 4 * width, workspace);
+            space = Space::new(rows, cols, 2 * kept + 4 * width, operator.in_bf16(), workspace);
             space.extend(basis.as_ref(), |image| operator.multiply(basis.as_ref(), image, None));
             search.restarted();
         }
         let room = cols - space.size();
         block = match next {
-            Some(next) if !matches!(step, Step::Probe) => next.subcols(0, next.ncols().min(room)).to_owned(),
-            _ => operator.round(space.orthonormalise(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?),
+            Some(next) if !matches!(step, Step::Probe) && next.ncols() > 0 => {
+                next.subcols(0, next.ncols().min(room)).to_owned()
+            }
+            _ => space.new_vectors(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?,
         };
     }
     let rank = match options.target {
@@ -133,14 +137,9 @@ impl Operator<'_> {
         product
     }
 
-    /// Rounds a block to what the kernel multiplies.
-    fn round(&self, mut block: Mat<f32>) -> Mat<f32> {
-        if self.kernel.rounds_operands() && matches!(self.packed, Packed::Bf16(_)) {
-            for column in block.col_iter_mut() {
-                column.iter_mut().for_each(|value| *value = half::bf16::from_f32(*value).to_f32());
-            }
-        }
-        block
+    /// Whether it multiplies bf16 values only.
+    fn in_bf16(&self) -> bool {
+        self.kernel.rounds_operands() && matches!(self.packed, Packed::Bf16(_))
     }
 
     /// Columns of a block: a quarter of the rank needs the fewest in all, a few groups use the kernel best.

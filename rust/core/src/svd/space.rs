@@ -2,7 +2,7 @@
 
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Mat, MatMut, MatRef, Par, Side};
+use faer::{Mat, MatMut, MatRef, Par, Scale, Side};
 
 use super::columns::Columns;
 use super::{Triplets, eigen, no_eigenvalues};
@@ -23,15 +23,18 @@ pub(super) struct Space {
     image: Columns,
     overlap: Mat<f64>,
     gram: Mat<f64>,
+    in_bf16: bool,
 }
 
 impl Space {
-    pub(super) fn new(rows: usize, cols: usize, capacity: usize, workspace: &Workspace) -> Self {
+    /// An empty space for a Δ of this shape. Basis vectors have bf16 values if `in_bf16`.
+    pub(super) fn new(rows: usize, cols: usize, capacity: usize, in_bf16: bool, workspace: &Workspace) -> Self {
         Self {
             basis: Columns::new(cols, capacity, workspace),
             image: Columns::new(rows, capacity, workspace),
             overlap: Mat::new(),
             gram: Mat::new(),
+            in_bf16,
         }
     }
 
@@ -44,14 +47,27 @@ impl Space {
         (0..self.size()).map(|j| self.gram[(j, j)]).fold(0.0, f64::max).sqrt()
     }
 
-    /// Takes in a block; `multiply` writes its image. Returns the norm of that.
-    pub(super) fn extend(&mut self, block: MatRef<'_, f32>, multiply: impl FnOnce(MatMut<'_, f32>)) -> f64 {
+    /// Takes in a block; `multiply` writes its image. Returns the norm of that, and of the image of what of the block is
+    /// orthogonal to the space: a vector that is rounded to bf16 leans a little towards it, and there images are large.
+    pub(super) fn extend(&mut self, block: MatRef<'_, f32>, multiply: impl FnOnce(MatMut<'_, f32>)) -> (f64, f64) {
         let old = self.size();
         self.basis.add(block.ncols()).copy_from(block);
         multiply(self.image.add(block.ncols()));
         border(&mut self.overlap, &panels::gram(self.basis.all(), self.basis.from(old)));
         border(&mut self.gram, &panels::gram(self.image.all(), self.image.from(old)));
-        (old..self.size()).map(|j| self.gram[(j, j)]).sum::<f64>().sqrt()
+        let new = self.size() - old;
+        let (overlap, gram) = (self.overlap.as_ref(), self.gram.as_ref());
+        let leaning = overlap.submatrix(0, old, old, new);
+        // (VᵀV)⁻¹·Vᵀb, with the inverse as in `panels::project_out`.
+        let leaning = leaning * Scale(2.0) - overlap.submatrix(0, 0, old, old) * leaning;
+        let (mixed, inner) = (gram.submatrix(0, old, old, new), gram.submatrix(0, 0, old, old) * &leaning);
+        let mut outside = 0.0;
+        for j in 0..new {
+            let taken: f64 = (0..old).map(|i| leaning[(i, j)] * (2.0 * mixed[(i, j)] - inner[(i, j)])).sum();
+            outside += gram[(old + j, old + j)] - taken;
+        }
+        let norm = (old..self.size()).map(|j| gram[(j, j)]).sum::<f64>().sqrt();
+        (norm, outside.max(0.0).sqrt())
     }
 
     /// Ritz values θ², descending.
@@ -86,11 +102,47 @@ impl Space {
         Ok((whole, lower))
     }
 
+    /// What `block` adds to the space, as new basis vectors; directions no longer than `floor` are dropped.
+    pub(super) fn new_vectors(&self, block: Mat<f32>, floor: f64) -> Result<Mat<f32>> {
+        let block = self.orthonormalise(block, floor)?;
+        Ok(self.independent(if self.in_bf16 { round(block) } else { block }))
+    }
+
+    /// The columns of `block` that stand out of the space and of those before them by a half. Almost all do: but what is left
+    /// of a block that lies in the space is noise, and noise that is rounded can fall back into it.
+    fn independent(&self, block: Mat<f32>) -> Mat<f32> {
+        let own = panels::gram(block.as_ref(), block.as_ref());
+        // The space is orthonormal up to rounding, so this is the Gram matrix of what stands out of it.
+        let mut outside = own.clone();
+        if self.size() > 0 {
+            let inside = panels::gram(self.basis.all(), block.as_ref());
+            outside -= inside.transpose() * &inside;
+        }
+        // Cholesky, column by column.
+        let mut kept: Vec<(usize, Vec<f64>)> = Vec::new();
+        for j in 0..block.ncols() {
+            let mut row = Vec::with_capacity(kept.len());
+            for (i, other) in &kept {
+                let taken: f64 = row.iter().zip(other).map(|(x, y)| x * y).sum();
+                row.push((outside[(*i, j)] - taken) / other[row.len()]);
+            }
+            let pivot = outside[(j, j)] - row.iter().map(|x| x * x).sum::<f64>();
+            if pivot > 0.25 * own[(j, j)] && own[(j, j)] > 0.0 {
+                row.push(pivot.sqrt());
+                kept.push((j, row));
+            }
+        }
+        if kept.len() == block.ncols() {
+            return block;
+        }
+        Mat::from_fn(block.nrows(), kept.len(), |i, j| block[(i, kept[j].0)])
+    }
+
     /// Orthonormal basis of what `block` adds to the space; directions no longer than `floor` are dropped.
     ///
     /// Classical Gram–Schmidt against the basis, then normalisation through the block's own Gram matrix in f64 (an
     /// eigenvalue form of CholeskyQR that tells the rank), repeated until both hold.
-    pub(super) fn orthonormalise(&self, mut block: Mat<f32>, floor: f64) -> Result<Mat<f32>> {
+    fn orthonormalise(&self, mut block: Mat<f32>, floor: f64) -> Result<Mat<f32>> {
         let mut floor = floor.max(f64::MIN_POSITIVE);
         let mut passes = 0;
         for _ in 0..4 {
@@ -118,9 +170,10 @@ impl Space {
         Ok(block)
     }
 
-    /// The `count` leading Ritz vectors, orthonormal up to f32 rounding.
+    /// The `count` leading Ritz vectors, as basis vectors of another space.
     pub(super) fn leading_basis(&self, count: usize) -> Result<Mat<f32>> {
-        Ok(panels::tall_times_small(self.basis.all(), self.ritz(count)?.1.as_ref()))
+        let basis = panels::tall_times_small(self.basis.all(), self.ritz(count)?.1.as_ref());
+        Ok(if self.in_bf16 { round(basis) } else { basis })
     }
 
     /// The `rank` leading Ritz triplets, without those that are rounding noise.
@@ -133,6 +186,14 @@ impl Space {
             columns,
         })
     }
+}
+
+/// To bf16 values.
+pub(super) fn round(mut block: Mat<f32>) -> Mat<f32> {
+    for column in block.col_iter_mut() {
+        column.iter_mut().for_each(|value| *value = half::bf16::from_f32(*value).to_f32());
+    }
+    block
 }
 
 /// Adds the last columns of a symmetric matrix, and with them its last rows.
