@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 # Elements of Δ in flight, two bytes each while they are worked on. Tensors run side by side as long as they fit: each
 # is read, formed and decomposed by one thread, so one reads while another computes; threads without a tensor help.
-IN_FLIGHT = 120_000_000
+IN_FLIGHT = 60_000_000
 
 
 def ordered_map(

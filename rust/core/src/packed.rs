@@ -1,8 +1,7 @@
 //! Δ as the kernels read it: blocks of 32×32 elements, those of one panel next to each other.
 //!
 //! A panel is 32 rows of the tall orientation (Δ or its transpose, whichever has more rows), all columns. Inside a block
-//! elements lie as in Δ itself, row by row: packing moves no element across, and the kernels have two ways to read a block.
-//! The last blocks are padded with zeros.
+//! elements lie row by row of that orientation. The last blocks are padded with zeros.
 
 use bytemuck::Pod;
 use faer::Mat;
@@ -88,14 +87,12 @@ impl Blocks<f32> {
         let rows = (count * BLOCK).min(self.long() - first * BLOCK);
         Mat::from_fn(rows, self.short(), |i, j| {
             let block = (first + i / BLOCK) * self.depth() + j / BLOCK;
-            let (i, j) = (i % BLOCK, j % BLOCK);
-            let place = if self.is_wide() { j * BLOCK + i } else { i * BLOCK + j };
-            f64::from(self.values()[block * AREA + place])
+            f64::from(self.values()[block * AREA + i % BLOCK * BLOCK + j % BLOCK])
         })
     }
 }
 
-/// Strips whose blocks wait in memory of their own before they are put into panels that are columns.
+/// Strips whose blocks wait in memory of their own before they are turned into panels that are columns.
 const ROUND: usize = 8;
 
 impl<T: Pod + Send + Sync> Blocks<T> {
@@ -135,10 +132,25 @@ impl<T: Pod + Send + Sync> Blocks<T> {
             self.values.values_mut().par_chunks_mut(strips * AREA).enumerate().for_each(|(panel, blocks)| {
                 let mine = blocks[first * AREA..].chunks_exact_mut(AREA);
                 for (block, strip) in mine.zip(waiting.chunks_exact(across).take(some)) {
-                    block.copy_from_slice(&strip[panel * AREA..(panel + 1) * AREA]);
+                    turn(&strip[panel * AREA..(panel + 1) * AREA], block);
                 }
             });
         }
         Ok(results)
+    }
+}
+
+/// Transposes a block.
+fn turn<T: Copy>(block: &[T], out: &mut [T]) {
+    /// Rows and columns that are moved at a time: as much as registers hold.
+    const PIECE: usize = 8;
+    for top in (0..BLOCK).step_by(PIECE) {
+        for left in (0..BLOCK).step_by(PIECE) {
+            for j in left..left + PIECE {
+                for i in top..top + PIECE {
+                    out[j * BLOCK + i] = block[i * BLOCK + j];
+                }
+            }
+        }
     }
 }

@@ -96,6 +96,7 @@ fn in_pool<T: Send>(job: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let pool = POOL.read().unwrap_or_else(PoisonError::into_inner).clone();
     match pool {
         Some(pool) => pool.install(job),
-        None => job(),
+        // On a thread of the pool: from outside, every parallel step would wait for one to wake up.
+        None => rayon::scope(|_| job()),
     }
 }

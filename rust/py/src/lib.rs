@@ -13,6 +13,11 @@ mod kernel;
 mod merge;
 mod writer;
 
+/// Keeps memory that is freed for what comes next: the system's allocator returns arrays of megabytes to the kernel, and every
+/// tensor would pay for having them cleared again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[pymodule(gil_used = false)]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -5,7 +5,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::walk::{Multiply, check};
+use super::walk::{Multiply, check, fetch};
 use super::{AREA, BLOCK, CELL, GROUP, amx, vector, x86};
 
 /// Blocks that are interleaved at a time: 16 KiB of pairs.
@@ -25,6 +25,7 @@ impl InPairs {
         x: *const u32,
         groups: usize,
         out: *mut f32,
+        ahead: usize,
     ) {
         const WORDS: usize = CELL / 2;
         for group in (0..groups).step_by(2) {
@@ -39,6 +40,7 @@ impl InPairs {
                         x,
                         groups * WORDS,
                         out,
+                        if group == 0 { ahead } else { 0 },
                     );
                 } else {
                     vector::multiply::<x86::Avx512Bf16, 16, 1, ROW, SUM, { BLOCK / 2 }>(
@@ -48,6 +50,7 @@ impl InPairs {
                         x,
                         groups * WORDS,
                         out,
+                        if group == 0 { ahead } else { 0 },
                     );
                 }
             }
@@ -70,7 +73,7 @@ impl Multiply for InPairs {
     }
 
     #[inline(always)]
-    unsafe fn plain(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32]) {
+    unsafe fn plain(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32], ahead: usize) {
         let groups = check(blocks, step, count, x, out);
         // SAFETY: bounds are checked; x86-64 loads need no alignment; the caller vouches for the instructions.
         unsafe {
@@ -81,33 +84,38 @@ impl Multiply for InPairs {
                 x.as_ptr().cast(),
                 groups,
                 out.as_mut_ptr(),
+                ahead / 2,
             );
         }
     }
 
+    /// Interleaved rows of Δ against one element of the operand: registers run along columns of Δ, a result cell is 16×32.
     #[inline(always)]
-    unsafe fn turned(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32]) {
+    unsafe fn turned(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32], ahead: usize) {
         let groups = check(blocks, step, count, x, out);
-        let mut pairs: Pairs = [const { MaybeUninit::uninit() }; TURNED];
-        for first in (0..count).step_by(TURNED) {
-            let some = TURNED.min(count - first);
-            let x = x[first * groups * CELL..].as_ptr().cast();
-            // SAFETY: as in `plain`; `some` blocks of pairs have been written.
+        for (group, out) in out.chunks_exact_mut(CELL).enumerate() {
+            let x = x[group * CELL..].as_ptr().cast();
+            // SAFETY: as in `plain`.
             unsafe {
-                interleave(&blocks[first * step..], step, &mut pairs[..some]);
-                Self::groups::<1, BLOCK>(pairs.as_ptr().cast(), AREA / 2, some, x, groups, out.as_mut_ptr());
+                let (ahead, out) = (if group == 0 { ahead } else { 0 }, out.as_mut_ptr());
+                x86::multiply_turned(blocks.as_ptr(), step, count, x, groups * CELL / 2, out, ahead);
             }
         }
     }
 
     #[inline(always)]
-    fn operand(_: bool, cell: &[f32; CELL], out: &mut [u16]) {
+    fn for_plain(cell: &[f32; CELL], out: &mut [u16]) {
         in_pairs(cell, out);
     }
 
     #[inline(always)]
-    fn result(_: bool, cell: &[f32], out: &mut [f32; CELL]) {
-        out.copy_from_slice(cell);
+    fn for_turned(cell: &[f32; CELL], out: &mut [u16]) {
+        in_pairs(cell, out);
+    }
+
+    #[inline(always)]
+    fn from_turned(cell: &[f32; CELL], out: &mut [f32; CELL]) {
+        transpose(cell, out);
     }
 }
 
@@ -134,9 +142,12 @@ impl Multiply for InTiles {
 
     /// Tiles of Δ on the left, pairs of the operand on the right; a result cell is 32×16.
     #[inline(always)]
-    unsafe fn plain(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32]) {
+    unsafe fn plain(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32], ahead: usize) {
         const TILE: usize = GROUP * GROUP * size_of::<f32>();
         let groups = check(blocks, step, count, x, out);
+        if ahead > 0 {
+            fetch(blocks, step, count, ahead);
+        }
         for group in (0..groups).step_by(2) {
             let (x, out) = (&x[group * CELL..], &mut out[group * CELL..]);
             // SAFETY: bounds are checked, `groups` is even, and a session is alive.
@@ -154,8 +165,9 @@ impl Multiply for InTiles {
 
     /// Tiles of the operand's transpose on the left, interleaved Δ on the right; a result cell is 16×32.
     #[inline(always)]
-    unsafe fn turned(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32]) {
+    unsafe fn turned(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32], ahead: usize) {
         let groups = check(blocks, step, count, x, out);
+        fetch(blocks, step, count, ahead);
         let mut pairs: Pairs = [const { MaybeUninit::uninit() }; TURNED];
         for first in (0..count).step_by(TURNED) {
             let some = TURNED.min(count - first);
@@ -177,10 +189,12 @@ impl Multiply for InTiles {
     }
 
     #[inline(always)]
-    fn operand(turned: bool, cell: &[f32; CELL], out: &mut [u16]) {
-        if !turned {
-            return in_pairs(cell, out);
-        }
+    fn for_plain(cell: &[f32; CELL], out: &mut [u16]) {
+        in_pairs(cell, out);
+    }
+
+    #[inline(always)]
+    fn for_turned(cell: &[f32; CELL], out: &mut [u16]) {
         for (j, column) in out.chunks_exact_mut(BLOCK).enumerate() {
             for (i, value) in column.iter_mut().enumerate() {
                 *value = round(cell[i * GROUP + j]);
@@ -189,14 +203,17 @@ impl Multiply for InTiles {
     }
 
     #[inline(always)]
-    fn result(turned: bool, cell: &[f32], out: &mut [f32; CELL]) {
-        if !turned {
-            return out.copy_from_slice(cell);
-        }
-        for (j, column) in cell.chunks_exact(BLOCK).enumerate() {
-            for (i, &value) in column.iter().enumerate() {
-                out[i * GROUP + j] = value;
-            }
+    fn from_turned(cell: &[f32; CELL], out: &mut [f32; CELL]) {
+        transpose(cell, out);
+    }
+}
+
+/// 16×32 to 32×16.
+#[inline(always)]
+fn transpose(cell: &[f32; CELL], out: &mut [f32; CELL]) {
+    for (j, column) in cell.chunks_exact(BLOCK).enumerate() {
+        for (i, &value) in column.iter().enumerate() {
+            out[i * GROUP + j] = value;
         }
     }
 }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 
 use super::vector::{self, Lanes, Portable};
-use super::walk::{Multiply, check};
+use super::walk::{Multiply, check, fetch};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{BLOCK, CELL};
@@ -47,6 +47,7 @@ pub(super) trait Tile: Lanes<Word = f32> {
         x: *const f32,
         groups: usize,
         out: *mut f32,
+        ahead: usize,
     );
 }
 
@@ -61,6 +62,7 @@ macro_rules! tile {
                 x: *const f32,
                 groups: usize,
                 out: *mut f32,
+                ahead: usize,
             ) {
                 let mut group = 0;
                 while group < groups {
@@ -75,7 +77,7 @@ macro_rules! tile {
                                 ROW,
                                 SUM,
                                 BLOCK,
-                            >(h, step, count, x, groups * CELL, out);
+                            >(h, step, count, x, groups * CELL, out, ahead);
                             group += 2;
                         } else {
                             vector::multiply::<$lanes, $one, $one_vectors, ROW, SUM, BLOCK>(
@@ -85,6 +87,7 @@ macro_rules! tile {
                                 x,
                                 groups * CELL,
                                 out,
+                                ahead,
                             );
                             group += 1;
                         }
@@ -101,6 +104,11 @@ tile!(x86::Avx2, two groups by 0 rows in 0 registers, one by 4 in 2);
 #[cfg(target_arch = "x86_64")]
 tile!(x86::Avx512, two groups by 8 rows in 2 registers, one by 16 in 1);
 
+/// How far ahead to fetch: blocks that have been widened are in memory of their own, and in cache.
+fn stored<S>(ahead: usize) -> usize {
+    if size_of::<S>() == size_of::<f32>() { ahead } else { 0 }
+}
+
 impl<L: Tile, S: Widen> Multiply for InF32<L, S> {
     type Stored = S;
     type Block = f32;
@@ -116,26 +124,34 @@ impl<L: Tile, S: Widen> Multiply for InF32<L, S> {
     }
 
     #[inline(always)]
-    unsafe fn plain(blocks: &[f32], step: usize, count: usize, x: &[f32], out: &mut [f32]) {
-        let groups = check(blocks, step, count, x, out);
+    unsafe fn plain(blocks: &[f32], step: usize, count: usize, x: &[f32], out: &mut [f32], ahead: usize) {
+        let (groups, ahead) = (check(blocks, step, count, x, out), stored::<S>(ahead));
         // SAFETY: bounds are checked; the caller vouches for the instructions.
-        unsafe { L::groups::<BLOCK, 1>(blocks.as_ptr(), step, count, x.as_ptr(), groups, out.as_mut_ptr()) }
+        unsafe { L::groups::<BLOCK, 1>(blocks.as_ptr(), step, count, x.as_ptr(), groups, out.as_mut_ptr(), ahead) }
     }
 
     #[inline(always)]
-    unsafe fn turned(blocks: &[f32], step: usize, count: usize, x: &[f32], out: &mut [f32]) {
+    unsafe fn turned(blocks: &[f32], step: usize, count: usize, x: &[f32], out: &mut [f32], ahead: usize) {
         let groups = check(blocks, step, count, x, out);
+        if stored::<S>(ahead) > 0 {
+            fetch(blocks, step, count, ahead);
+        }
         // SAFETY: as in `plain`.
-        unsafe { L::groups::<1, BLOCK>(blocks.as_ptr(), step, count, x.as_ptr(), groups, out.as_mut_ptr()) }
+        unsafe { L::groups::<1, BLOCK>(blocks.as_ptr(), step, count, x.as_ptr(), groups, out.as_mut_ptr(), 0) }
     }
 
     #[inline(always)]
-    fn operand(_: bool, cell: &[f32; CELL], out: &mut [f32]) {
+    fn for_plain(cell: &[f32; CELL], out: &mut [f32]) {
         out.copy_from_slice(cell);
     }
 
     #[inline(always)]
-    fn result(_: bool, cell: &[f32], out: &mut [f32; CELL]) {
+    fn for_turned(cell: &[f32; CELL], out: &mut [f32]) {
         out.copy_from_slice(cell);
+    }
+
+    #[inline(always)]
+    fn from_turned(cell: &[f32; CELL], out: &mut [f32; CELL]) {
+        *out = *cell;
     }
 }

@@ -128,10 +128,15 @@ impl Kernel {
     pub fn measure(self, rows: usize, cols: usize, width: usize, repeats: usize) -> f64 {
         let workspace = Workspace::default();
         let mut blocks = Blocks::<u16>::anything(rows, cols, &workspace);
-        // Values do not matter, but no subnormal ones: 1, in every element.
-        blocks.values_mut().fill(0x3f80);
+        // Bits as those of weights: processors are slower where more of them change.
+        let mut state = 1u32;
+        for value in blocks.values_mut() {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // Signs and significands at random, exponents of 2^-8 to 2^-1.
+            *value = (state >> 16) as u16 & 0x83ff | 0x3c00;
+        }
         let packed = Packed::Bf16(blocks);
-        let v = Mat::from_fn(rows.min(cols), width, |i, j| ((i + j) % 7) as f32 - 3.0);
+        let v = Mat::from_fn(rows.min(cols), width, |i, j| ((i * 31 + j * 17) % 257) as f32 / 256.0 - 0.5);
         let (mut y, mut z) = (Mat::zeros(rows.max(cols), width), Mat::zeros(rows.min(cols), width));
         let mut time = || {
             let started = std::time::Instant::now();

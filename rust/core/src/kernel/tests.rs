@@ -161,7 +161,8 @@ proptest! {
         for i in 0..rows {
             for j in 0..cols {
                 let (panel, block) = if rows < cols { (j / BLOCK, i / BLOCK) } else { (i / BLOCK, j / BLOCK) };
-                let place = (panel * blocks.depth() + block) * AREA + i % BLOCK * BLOCK + j % BLOCK;
+                let (row, column) = if rows < cols { (j, i) } else { (i, j) };
+                let place = (panel * blocks.depth() + block) * AREA + row % BLOCK * BLOCK + column % BLOCK;
                 let value = delta[i * cols + j];
                 prop_assert_eq!(blocks.values()[place], bf16::from_f32(value).to_bits());
                 expected += (f64::from(value) - f64::from(bf16::from_f32(value).to_f32())).powi(2);

@@ -29,7 +29,8 @@ pub(super) trait Lanes {
 ///
 /// `h` points to `count` blocks, `step` words apart; `x` to as many operands of `[group][k][16]` words, `x_step` words apart;
 /// `out` to `[group][32][16]` sums. Words of a block are `ROW` apart from one result row to the next and `SUM` along the sum,
-/// which has `DEPTH` words in a block. `ROWS` result rows times `VECTORS` registers are summed at a time.
+/// which has `DEPTH` words in a block. `ROWS` result rows times `VECTORS` registers are summed at a time. Unless it is zero, what
+/// lies `ahead` words after each block is brought into cache.
 ///
 /// # Safety
 /// All of that must be in bounds, and the instructions of `L` available.
@@ -49,6 +50,7 @@ pub(super) unsafe fn multiply<
     x: *const L::Word,
     x_step: usize,
     out: *mut f32,
+    ahead: usize,
 ) {
     let per_group = GROUP / L::WIDTH;
     // Place of vector `v` in an operand (words) and in the results (f32).
@@ -68,6 +70,11 @@ pub(super) unsafe fn multiply<
             for block in 0..count {
                 let (h, x) = (h.add(block * step + first * ROW), x.add(block * x_step));
                 for k in 0..DEPTH {
+                    if first == 0 && ahead > 0 {
+                        // Lines of 16 words: a block has two for each k.
+                        prefetch(h.wrapping_add(ahead + 2 * k * GROUP));
+                        prefetch(h.wrapping_add(ahead + (2 * k + 1) * GROUP));
+                    }
                     for v in 0..VECTORS {
                         let x = x.add(k * GROUP + operand(v));
                         for (r, row) in sums.iter_mut().enumerate() {
@@ -83,6 +90,19 @@ pub(super) unsafe fn multiply<
             }
         }
     }
+}
+
+/// Asks for the cache line at an address, which need not be mapped.
+#[inline(always)]
+pub(super) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing; an address that is not mapped is ignored.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Eight f32 that the compiler puts where it can.

@@ -7,19 +7,22 @@ use bytemuck::Pod;
 use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
+use super::vector::prefetch;
 use super::{AREA, BLOCK, CELL, GROUP};
 use crate::memory::{Array, Workspace};
 use crate::packed::Blocks;
 use crate::panels;
 
 /// Chunks that a matrix is cut into, at most: each has a Z of its own, which has to be added up.
-const CHUNKS: usize = 8;
+const CHUNKS: usize = 16;
 /// Panels of a chunk, at least.
-const SHORTEST: usize = 8;
+const SHORTEST: usize = 16;
 /// Panels that are multiplied before Z is touched, at most.
 const TALLEST: usize = 8;
 /// Bytes of Δ that stay in the second-level cache between their two uses, beside operand, sums and what is fetched ahead.
 const CACHED: usize = 1 << 18;
+/// Blocks that the first product fetches ahead where the second has not done so.
+const SOON: usize = 8;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Blocks of rows that one thread converts at a time.
@@ -48,14 +51,31 @@ pub(super) trait Multiply {
     unsafe fn session() -> Self::Session;
     /// Stored blocks as they are multiplied, in `scratch` where that is another type.
     fn stage<'a>(stored: &'a [Self::Stored], scratch: &'a mut Vec<Self::Block>) -> &'a [Self::Block];
-    /// `out += Δ·x`: rows of the result are rows of the blocks.
-    unsafe fn plain(blocks: &[Self::Block], step: usize, count: usize, x: &[Self::Operand], out: &mut [f32]);
-    /// `out += Δᵀ·x`: rows of the result are columns of the blocks.
-    unsafe fn turned(blocks: &[Self::Block], step: usize, count: usize, x: &[Self::Operand], out: &mut [f32]);
-    /// A 32×16 cell as `plain` (or, if `turned`, `turned`) wants it.
-    fn operand(turned: bool, cell: &[f32; CELL], out: &mut [Self::Operand]);
-    /// What `plain` (or `turned`) has left in a cell, as 32×16.
-    fn result(turned: bool, cell: &[f32], out: &mut [f32; CELL]);
+    /// `out += Δ·x`: rows of the result are rows of the blocks. What lies `ahead` elements after each block is wanted soon (0:
+    /// nothing).
+    unsafe fn plain(
+        blocks: &[Self::Block],
+        step: usize,
+        count: usize,
+        x: &[Self::Operand],
+        out: &mut [f32],
+        ahead: usize,
+    );
+    /// `out += Δᵀ·x`: rows of the result are columns of the blocks. `ahead` as for `plain`.
+    unsafe fn turned(
+        blocks: &[Self::Block],
+        step: usize,
+        count: usize,
+        x: &[Self::Operand],
+        out: &mut [f32],
+        ahead: usize,
+    );
+    /// A 32×16 cell as `plain` wants it.
+    fn for_plain(cell: &[f32; CELL], out: &mut [Self::Operand]);
+    /// A 32×16 cell as `turned` wants it.
+    fn for_turned(cell: &[f32; CELL], out: &mut [Self::Operand]);
+    /// What `turned` has left in a cell, as 32×16. (`plain` leaves 32×16.)
+    fn from_turned(cell: &[f32; CELL], out: &mut [f32; CELL]);
 }
 
 /// Some panels of Δ, and what they are multiplied with.
@@ -63,7 +83,6 @@ pub(super) struct Chunk<'a, M: Multiply> {
     pub(super) panels: &'a [M::Stored],
     /// Blocks in a panel.
     pub(super) depth: usize,
-    pub(super) wide: bool,
     /// `[block][group][CELL]`.
     pub(super) operand: &'a [M::Operand],
     pub(super) groups: usize,
@@ -79,63 +98,47 @@ pub(super) struct Chunk<'a, M: Multiply> {
 /// The instructions of `M` must be available.
 #[inline(always)]
 pub(super) unsafe fn both<M: Multiply>(chunk: Chunk<'_, M>) {
-    let Chunk { panels, depth, wide, operand, groups, mut y, z } = chunk;
+    let Chunk { panels, depth, operand, groups, mut y, z } = chunk;
     let (panel, cells) = (depth * AREA, groups * CELL);
     let height = (CACHED / (panel * size_of::<M::Block>())).clamp(1, TALLEST);
     let mut handed = vec![M::Operand::default(); height * cells];
     let mut sums = vec![0f32; cells];
     let mut scratch = Vec::new();
-    let mut cell = [0f32; CELL];
     z.fill(0.0);
     // SAFETY: the caller vouches for the instructions.
     let session = unsafe { M::session() };
     for (visit, stored) in panels.chunks(height * panel).enumerate() {
         let tall = stored.len() / panel;
-        let ahead = stored.as_ptr_range().end;
+        // The second product fetches the next panels. The first one has to where there was none before it.
+        let ahead = if z.is_empty() || visit == 0 { SOON * AREA } else { 0 };
         let blocks = M::stage(stored, &mut scratch);
         for (number, blocks) in blocks.chunks(panel).enumerate() {
             sums.fill(0.0);
             // SAFETY: as above; likewise below.
-            unsafe {
-                if wide {
-                    M::turned(blocks, AREA, depth, operand, &mut sums);
-                } else {
-                    M::plain(blocks, AREA, depth, operand, &mut sums);
-                }
-            }
+            unsafe { M::plain(blocks, AREA, depth, operand, &mut sums, ahead) };
             let handed = &mut handed[number * cells..(number + 1) * cells];
-            for (group, (sums, handed)) in sums.chunks(CELL).zip(handed.chunks_mut(CELL)).enumerate() {
-                M::result(wide, sums, &mut cell);
-                place(&mut y, visit * height + number, group, &cell);
-                M::operand(!wide, &cell, handed);
+            for (group, (sums, handed)) in sums.as_chunks().0.iter().zip(handed.chunks_mut(CELL)).enumerate() {
+                place(&mut y, visit * height + number, group, sums);
+                M::for_turned(sums, handed);
             }
         }
         for (block, sums) in z.chunks_mut(cells).enumerate() {
-            fetch::<M::Stored>(ahead, block * tall * AREA..(block + 1) * tall * AREA);
-            let blocks = &blocks[block * AREA..];
             unsafe {
-                if wide {
-                    M::plain(blocks, panel, tall, &handed[..tall * cells], sums);
-                } else {
-                    M::turned(blocks, panel, tall, &handed[..tall * cells], sums);
-                }
+                M::turned(&blocks[block * AREA..], panel, tall, &handed[..tall * cells], sums, stored.len());
             }
         }
     }
     drop(session);
 }
 
-/// Asks for elements behind `from` to be brought into cache: otherwise the first product of a panel would wait for memory. There need not be any.
+/// Asks for what lies `ahead` elements after each of `count` blocks to be brought into cache: otherwise the first product of a
+/// panel would wait for memory.
 #[inline(always)]
-fn fetch<T>(from: *const T, elements: std::ops::Range<usize>) {
-    #[cfg(target_arch = "x86_64")]
-    for element in elements.step_by(LINE / size_of::<T>()) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing; an address that is not mapped is ignored.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(element).cast()) };
+pub(super) fn fetch<T>(blocks: &[T], step: usize, count: usize, ahead: usize) {
+    for block in 0..count {
+        let from = blocks.as_ptr().wrapping_add(block * step + ahead);
+        (0..AREA).step_by(LINE / size_of::<T>()).for_each(|element| prefetch(from.wrapping_add(element)));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, elements, LINE);
 }
 
 /// What is multiplied with Δ, and where the products go.
@@ -154,14 +157,14 @@ pub(super) fn products<M: Multiply>(
 ) {
     let Operands { v, y, z, workspace } = operands;
     let groups = v.ncols().div_ceil(GROUP).next_multiple_of(M::GROUPS);
-    let (depth, wide, cells) = (blocks.depth(), blocks.is_wide(), groups * CELL);
+    let (depth, cells) = (blocks.depth(), groups * CELL);
     let mut operand = vec![M::Operand::default(); depth * cells];
     operand.par_chunks_mut(CONVERTED * cells).enumerate().for_each(|(part, operand)| {
         let mut cell = [0f32; CELL];
         for (block, operand) in operand.chunks_mut(cells).enumerate() {
             for (group, operand) in operand.chunks_mut(CELL).enumerate() {
                 take(v, part * CONVERTED + block, group, &mut cell);
-                M::operand(wide, &cell, operand);
+                M::for_plain(&cell, operand);
             }
         }
     });
@@ -175,7 +178,7 @@ pub(super) fn products<M: Multiply>(
     for (panels, (_, y)) in blocks.values().chunks(per_chunk * panel).zip(strips) {
         let (z, others) = std::mem::take(&mut rest).split_at_mut(part);
         rest = others;
-        chunks.push(Chunk { panels, depth, wide, operand: &operand, groups, y, z });
+        chunks.push(Chunk { panels, depth, operand: &operand, groups, y, z });
     }
     chunks.into_par_iter().for_each(run);
 
@@ -190,7 +193,7 @@ pub(super) fn products<M: Multiply>(
                 for part in sums.chunks(part) {
                     total.iter_mut().zip(&part[place_of..]).for_each(|(sum, part)| *sum += part);
                 }
-                M::result(!wide, &total, &mut cell);
+                M::from_turned(&total, &mut cell);
                 place(&mut z, block, group, &cell);
             }
         }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::elementwise::LANES;
 use super::pack;
 use super::vector::Lanes;
-use super::{AREA, BLOCK};
+use super::{AREA, BLOCK, GROUP};
 
 /// A ymm register of f32.
 pub(super) struct Avx2;
@@ -101,33 +101,103 @@ impl Lanes for Avx512Bf16 {
     }
 }
 
+/// Places of the elements of two rows of a block, interleaved: element n of the even row, element n of the odd one (at 32 + n).
+const PLACES: [u16; 2 * BLOCK] = {
+    let mut places = [0; 2 * BLOCK];
+    let mut n = 0;
+    while n < BLOCK {
+        places[2 * n] = n as u16;
+        places[2 * n + 1] = (BLOCK + n) as u16;
+        n += 1;
+    }
+    places
+};
+
+/// Rows `2·pair` and `2·pair + 1` of a block, interleaved: pairs of the first sixteen columns, and of the others.
+///
+/// # Safety
+/// AVX-512 BW must be available, and the rows in bounds.
+#[inline(always)]
+unsafe fn interleaved(block: *const u16, pair: usize) -> (__m512i, __m512i) {
+    // SAFETY: a row of a block is one register; the caller vouches for bounds and instructions.
+    unsafe {
+        let left = _mm512_loadu_si512(PLACES.as_ptr().cast());
+        let right = _mm512_loadu_si512(PLACES.as_ptr().add(BLOCK).cast());
+        let even = _mm512_loadu_si512(block.add(2 * pair * BLOCK).cast());
+        let odd = _mm512_loadu_si512(block.add((2 * pair + 1) * BLOCK).cast());
+        (_mm512_permutex2var_epi16(even, left, odd), _mm512_permutex2var_epi16(even, right, odd))
+    }
+}
+
 /// Interleaves the rows of a block two by two: `pairs[i][n] = (block[2i][n], block[2i + 1][n])`.
 ///
 /// # Safety
 /// AVX-512 BW must be available, and `pairs` writable.
 #[inline(always)]
 pub(super) unsafe fn interleave(block: &[u16; AREA], pairs: *mut [u32; AREA / 2]) {
-    // Element 2n of the result is element n of the even row, element 2n + 1 that of the odd one (at 32 + n).
-    const PLACES: [u16; 2 * BLOCK] = {
-        let mut places = [0; 2 * BLOCK];
-        let mut n = 0;
-        while n < BLOCK {
-            places[2 * n] = n as u16;
-            places[2 * n + 1] = (BLOCK + n) as u16;
-            n += 1;
-        }
-        places
-    };
-    // SAFETY: a row of a block is one register, two rows of pairs are four; the caller vouches for the instructions.
-    unsafe {
-        let left = _mm512_loadu_si512(PLACES.as_ptr().cast());
-        let right = _mm512_loadu_si512(PLACES.as_ptr().add(BLOCK).cast());
-        for i in 0..BLOCK / 2 {
-            let even = _mm512_loadu_si512(block.as_ptr().add(2 * i * BLOCK).cast());
-            let odd = _mm512_loadu_si512(block.as_ptr().add((2 * i + 1) * BLOCK).cast());
+    for i in 0..BLOCK / 2 {
+        // SAFETY: two rows of pairs are four registers; the caller vouches for the instructions.
+        unsafe {
+            let (left, right) = interleaved(block.as_ptr(), i);
             let pairs = pairs.cast::<u32>().add(i * BLOCK);
-            _mm512_storeu_si512(pairs.cast(), _mm512_permutex2var_epi16(even, left, odd));
-            _mm512_storeu_si512(pairs.add(BLOCK / 2).cast(), _mm512_permutex2var_epi16(even, right, odd));
+            _mm512_storeu_si512(pairs.cast(), left);
+            _mm512_storeu_si512(pairs.add(BLOCK / 2).cast(), right);
+        }
+    }
+}
+
+/// `out[j][c] += Σ block[k, c]·x[k, j]` for sixteen columns j of an operand and the 32 columns c of `count` blocks, `step`
+/// elements apart. `x` has pairs along k, `[16][16]` for each block, `x_step` words apart. Unless it is zero, what lies `ahead`
+/// elements after each block is brought into cache, evenly over the time that the block takes.
+///
+/// # Safety
+/// All of that must be in bounds, and AVX-512 BW and BF16 be available.
+#[inline(always)]
+pub(super) unsafe fn multiply_turned(
+    blocks: *const u16,
+    step: usize,
+    count: usize,
+    x: *const u32,
+    x_step: usize,
+    out: *mut f32,
+    ahead: usize,
+) {
+    /// Columns of the operand whose sums are in registers, two each.
+    const WIDE: usize = 8;
+    for first in (0..GROUP).step_by(WIDE) {
+        // SAFETY: the caller vouches for the bounds and the instructions; __m512i and __m512bh have the same size and any bits are
+        // valid in both.
+        unsafe {
+            let out = out.add(first * BLOCK);
+            let mut sums = [[_mm512_setzero_ps(); 2]; WIDE];
+            for (j, sums) in sums.iter_mut().enumerate() {
+                sums[0] = _mm512_loadu_ps(out.add(j * BLOCK));
+                sums[1] = _mm512_loadu_ps(out.add(j * BLOCK + GROUP));
+            }
+            for block in 0..count {
+                let (block, x) = (blocks.add(block * step), x.add(block * x_step + first));
+                for pair in 0..BLOCK / 2 {
+                    if ahead > 0 {
+                        let row = 2 * pair + first / WIDE;
+                        _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(ahead + row * BLOCK).cast());
+                    }
+                    let (left, right) = interleaved(block, pair);
+                    let (left, right) = (
+                        std::mem::transmute::<__m512i, __m512bh>(left),
+                        std::mem::transmute::<__m512i, __m512bh>(right),
+                    );
+                    for (j, sums) in sums.iter_mut().enumerate() {
+                        let word = _mm512_set1_epi32((*x.add(pair * GROUP + j)).cast_signed());
+                        let word = std::mem::transmute::<__m512i, __m512bh>(word);
+                        sums[0] = _mm512_dpbf16_ps(sums[0], left, word);
+                        sums[1] = _mm512_dpbf16_ps(sums[1], right, word);
+                    }
+                }
+            }
+            for (j, sums) in sums.iter().enumerate() {
+                _mm512_storeu_ps(out.add(j * BLOCK), sums[0]);
+                _mm512_storeu_ps(out.add(j * BLOCK + GROUP), sums[1]);
+            }
         }
     }
 }
@@ -138,20 +208,30 @@ pub(super) unsafe fn interleave(block: &[u16; AREA], pairs: *mut [u32; AREA / 2]
 /// Every pointer must have `rows` f32 behind it, a multiple of eight, and AVX-512 F be available.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn inner_tile(left: [*const f32; 4], right: [*const f32; 4], rows: usize) -> [[[f64; 8]; 4]; 4] {
+    // Loops, not `map`: closures are compiled without these instructions, and called.
     let mut sums = [[_mm512_setzero_pd(); 4]; 4];
     for k in (0..rows).step_by(8) {
-        // SAFETY: the caller vouches for the bounds.
-        let wide = right.map(|column| unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(column.add(k))) });
+        let mut wide = [_mm512_setzero_pd(); 4];
+        for (wide, column) in wide.iter_mut().zip(right) {
+            // SAFETY: the caller vouches for the bounds.
+            *wide = _mm512_cvtps_pd(unsafe { _mm256_loadu_ps(column.add(k)) });
+        }
         for (sums, column) in sums.iter_mut().zip(left) {
             // SAFETY: as above.
-            let own = unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(column.add(k))) };
+            let own = _mm512_cvtps_pd(unsafe { _mm256_loadu_ps(column.add(k)) });
             for (sum, &wide) in sums.iter_mut().zip(&wide) {
                 *sum = _mm512_fmadd_pd(own, wide, *sum);
             }
         }
     }
-    // SAFETY: a register of eight f64 and an array of them have the same bits.
-    sums.map(|row| row.map(|sum| unsafe { std::mem::transmute::<__m512d, [f64; 8]>(sum) }))
+    let mut parts = [[[0f64; 8]; 4]; 4];
+    for (parts, sums) in parts.iter_mut().zip(sums) {
+        for (part, sum) in parts.iter_mut().zip(sums) {
+            // SAFETY: an array of eight f64 is one register.
+            unsafe { _mm512_storeu_pd(part.as_mut_ptr(), sum) };
+        }
+    }
+    parts
 }
 
 /// One row of `tuned − base` (little-endian bf16) into row `row` of blocks, and its sums into `lanes`: what

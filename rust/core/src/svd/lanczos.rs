@@ -56,17 +56,17 @@ pub(super) fn triplets(
     let mut columns = 2 * width;
     let start = random.block(cols, width);
     let start = operator.gram(if operator.in_bf16() { round(start) } else { start }.as_ref());
-    let mut block = space.new_vectors(start, 0.0)?;
-    while block.ncols() > 0 {
+    let mut block = space.new_vectors(start, 0.0, cols)?;
+    while block.count() > 0 {
         if columns > PATIENCE * cols {
             return Ok(None);
         }
         // Δᵀ is multiplied with the block's image only where that will probably be needed.
-        let mut product = (!search.may_end(space.size() + block.ncols())).then(|| Mat::zeros(cols, block.ncols()));
-        let (image_norm, outside) = space.extend(block.as_ref(), |image| {
+        let mut product = (!search.may_end(space.size() + block.count())).then(|| Mat::zeros(cols, block.count()));
+        let (image_norm, outside) = space.extend(&block, |image| {
             operator.multiply(block.as_ref(), image, product.as_mut().map(Mat::as_mut));
         });
-        columns += if product.is_some() { 2 } else { 1 } * block.ncols();
+        columns += if product.is_some() { 2 } else { 1 } * block.count();
         let faint = outside.powi(2) <= NOISE * NOISE * energy * width as f64;
         if faint && search.begins_probe() {
             break; // Nothing but rounding noise is left outside the space.
@@ -76,10 +76,10 @@ pub(super) fn triplets(
         }
         let floor = f64::from(f32::EPSILON) * 8.0 * space.peak() * image_norm;
         let mut next = match product {
-            Some(product) => Some(space.new_vectors(product, floor)?),
+            Some(product) => Some(space.new_vectors(product, floor, cols - space.size())?),
             None => None,
         };
-        let exhausted = faint || next.as_ref().is_some_and(|next| next.ncols() == 0);
+        let exhausted = faint || next.as_ref().is_some_and(|next| next.count() == 0);
         let step = search.step(space.size(), exhausted, || space.ritz_values())?;
         match step {
             Step::Done => break,
@@ -90,22 +90,23 @@ pub(super) fn triplets(
         let full = space.size() >= (LARGE * search.rank()).max(ROOMY).max(2 * kept);
         if next.is_none() && !matches!(step, Step::Probe) {
             let product = operator.gram(block.as_ref());
-            columns += 2 * block.ncols();
-            next = Some(space.new_vectors(product, floor)?);
+            columns += 2 * block.count();
+            next = Some(space.new_vectors(product, floor, cols - space.size())?);
         }
         if full && !search.is_probing() {
             let basis = space.leading_basis(kept)?;
-            columns += basis.ncols();
+            columns += basis.count();
             space = Space::new(rows, cols, 2 * kept + 4 * width, operator.in_bf16(), workspace);
-            space.extend(basis.as_ref(), |image| operator.multiply(basis.as_ref(), image, None));
+            space.extend(&basis, |image| operator.multiply(basis.as_ref(), image, None));
             search.restarted();
+            next = next.map(|next| space.adopt(next));
         }
-        let room = cols - space.size();
         block = match next {
-            Some(next) if !matches!(step, Step::Probe) && next.ncols() > 0 => {
-                next.subcols(0, next.ncols().min(room)).to_owned()
+            Some(next) if !matches!(step, Step::Probe) && next.count() > 0 => next,
+            _ => {
+                let width = PROBE_WIDTH.min(cols - space.size());
+                space.new_vectors(random.block(cols, width), 0.0, width)?
             }
-            _ => space.new_vectors(random.block(cols, PROBE_WIDTH.min(room)), 0.0)?,
         };
     }
     let rank = match options.target {

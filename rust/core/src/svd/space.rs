@@ -26,6 +26,22 @@ pub(super) struct Space {
     in_bf16: bool,
 }
 
+/// Basis vectors to be, and their inner products with those of the space and with each other, one below the other.
+pub(super) struct Vectors {
+    block: Mat<f32>,
+    overlap: Mat<f64>,
+}
+
+impl Vectors {
+    pub(super) fn as_ref(&self) -> MatRef<'_, f32> {
+        self.block.as_ref()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.block.ncols()
+    }
+}
+
 impl Space {
     /// An empty space for a Δ of this shape. Basis vectors have bf16 values if `in_bf16`.
     pub(super) fn new(rows: usize, cols: usize, capacity: usize, in_bf16: bool, workspace: &Workspace) -> Self {
@@ -49,11 +65,11 @@ impl Space {
 
     /// Takes in a block; `multiply` writes its image. Returns the norm of that, and of the image of what of the block is
     /// orthogonal to the space: a vector that is rounded to bf16 leans a little towards it, and there images are large.
-    pub(super) fn extend(&mut self, block: MatRef<'_, f32>, multiply: impl FnOnce(MatMut<'_, f32>)) -> (f64, f64) {
+    pub(super) fn extend(&mut self, vectors: &Vectors, multiply: impl FnOnce(MatMut<'_, f32>)) -> (f64, f64) {
         let old = self.size();
-        self.basis.add(block.ncols()).copy_from(block);
-        multiply(self.image.add(block.ncols()));
-        border(&mut self.overlap, &panels::gram(self.basis.all(), self.basis.from(old)));
+        self.basis.add(vectors.count()).copy_from(&vectors.block);
+        multiply(self.image.add(vectors.count()));
+        border(&mut self.overlap, &vectors.overlap);
         border(&mut self.gram, &panels::gram(self.image.all(), self.image.from(old)));
         let new = self.size() - old;
         let (overlap, gram) = (self.overlap.as_ref(), self.gram.as_ref());
@@ -102,22 +118,26 @@ impl Space {
         Ok((whole, lower))
     }
 
-    /// What `block` adds to the space, as new basis vectors; directions no longer than `floor` are dropped.
-    pub(super) fn new_vectors(&self, block: Mat<f32>, floor: f64) -> Result<Mat<f32>> {
+    /// What `block` adds to the space, as new basis vectors; directions no longer than `floor` are dropped, and all beyond the
+    /// first `most`.
+    pub(super) fn new_vectors(&self, block: Mat<f32>, floor: f64, most: usize) -> Result<Vectors> {
         let block = self.orthonormalise(block, floor)?;
+        let block = block.subcols(0, block.ncols().min(most)).to_owned();
         Ok(self.independent(if self.in_bf16 { round(block) } else { block }))
+    }
+
+    /// Vectors that were new to a space that held this one.
+    pub(super) fn adopt(&self, vectors: Vectors) -> Vectors {
+        self.independent(vectors.block)
     }
 
     /// The columns of `block` that stand out of the space and of those before them by a half. Almost all do: but what is left
     /// of a block that lies in the space is noise, and noise that is rounded can fall back into it.
-    fn independent(&self, block: Mat<f32>) -> Mat<f32> {
+    fn independent(&self, block: Mat<f32>) -> Vectors {
         let own = panels::gram(block.as_ref(), block.as_ref());
         // The space is orthonormal up to rounding, so this is the Gram matrix of what stands out of it.
-        let mut outside = own.clone();
-        if self.size() > 0 {
-            let inside = panels::gram(self.basis.all(), block.as_ref());
-            outside -= inside.transpose() * &inside;
-        }
+        let inside = panels::gram(self.basis.all(), block.as_ref());
+        let outside = &own - inside.transpose() * &inside;
         // Cholesky, column by column.
         let mut kept: Vec<(usize, Vec<f64>)> = Vec::new();
         for j in 0..block.ncols() {
@@ -132,10 +152,13 @@ impl Space {
                 kept.push((j, row));
             }
         }
-        if kept.len() == block.ncols() {
-            return block;
+        let old = self.size();
+        let at = |i: usize| if i < old { i } else { old + kept[i - old].0 };
+        let overlap = |i: usize, j: usize| if i < old { inside[(i, j)] } else { own[(i - old, j)] };
+        Vectors {
+            block: Mat::from_fn(block.nrows(), kept.len(), |i, j| block[(i, kept[j].0)]),
+            overlap: Mat::from_fn(old + kept.len(), kept.len(), |i, j| overlap(at(i), kept[j].0)),
         }
-        Mat::from_fn(block.nrows(), kept.len(), |i, j| block[(i, kept[j].0)])
     }
 
     /// Orthonormal basis of what `block` adds to the space; directions no longer than `floor` are dropped.
@@ -171,9 +194,10 @@ impl Space {
     }
 
     /// The `count` leading Ritz vectors, as basis vectors of another space.
-    pub(super) fn leading_basis(&self, count: usize) -> Result<Mat<f32>> {
+    pub(super) fn leading_basis(&self, count: usize) -> Result<Vectors> {
         let basis = panels::tall_times_small(self.basis.all(), self.ritz(count)?.1.as_ref());
-        Ok(if self.in_bf16 { round(basis) } else { basis })
+        let block = if self.in_bf16 { round(basis) } else { basis };
+        Ok(Vectors { overlap: panels::gram(block.as_ref(), block.as_ref()), block })
     }
 
     /// The `rank` leading Ritz triplets, without those that are rounding noise.
