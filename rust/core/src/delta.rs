@@ -191,25 +191,6 @@ impl Delta {
         Ok(product)
     }
 
-    /// All of Δ·2^-exponent in f64, in the tall orientation: what exact decompositions work on.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub(crate) fn tall_f64(&self) -> Result<Mat<f64>> {
-        let (rows, cols) = (self.rows(), self.cols());
-        let mut tall = Mat::<f64>::zeros(rows.max(cols), rows.min(cols));
-        let parts = self.for_strips(|_| Vec::new(), |kept, rows, strip| kept.push((rows, strip.values().to_vec())))?;
-        for (range, values) in parts.into_iter().flatten() {
-            for (i, row) in range.zip(values.chunks_exact(cols.max(1))) {
-                for (j, &value) in row.iter().enumerate() {
-                    let at = if rows < cols { (j, i) } else { (i, j) };
-                    tall[at] = f64::from(value);
-                }
-            }
-        }
-        Ok(tall)
-    }
-
     /// The packed copy in bf16, and ‖Δ − that‖²; both scaled by 2^-exponent. `None` for a narrow Δ.
     pub(crate) fn packed(&self) -> Option<(&Packed, f64)> {
         self.packed.as_ref().map(|packed| (packed, self.lost))

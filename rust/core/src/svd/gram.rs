@@ -1,5 +1,5 @@
-//! Truncated SVD through the Gram matrix ΔᵀΔ, formed and decomposed in f64: for ranks so high that an iteration would build most
-//! of the spectrum anyway.
+//! Truncated SVD through the Gram matrix ΔᵀΔ, formed and decomposed in f64: for narrow matrices, and for ranks so high that an
+//! iteration would build most of the spectrum anyway.
 //!
 //! f64 squares Δ's range without harm here: singular values below 1e-8 of the largest are lost, which is the rounding of f32.
 

@@ -6,12 +6,10 @@
 //!
 //! | file | method | for |
 //! |---|---|---|
-//! | `exact` | dense SVD in f64 | a shorter side up to 192 |
 //! | `lanczos` (`search`, `space`, `columns`) | adaptive block Lanczos on a packed Δ | low ranks |
-//! | `gram` | eigenvectors of ΔᵀΔ in f64 | ranks beyond a sixth of the shorter side |
+//! | `gram` | eigenvectors of ΔᵀΔ in f64 | a shorter side up to 192, ranks beyond a sixth of it |
 
 mod columns;
-mod exact;
 mod gram;
 mod lanczos;
 mod search;
@@ -116,7 +114,7 @@ pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd>
     let nothing = energy == 0.0 || matches!(options.target.rank(&[], energy), Some(0));
     let triplets = match delta.packed() {
         _ if nothing => Triplets::none(delta.rows().max(delta.cols()), short),
-        None => exact::triplets(delta, energy, options)?,
+        None => gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace())?,
         Some(_) if matches!(options.target, Target::Rank(rank) if rank * DENSE > short) => {
             gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace())?
         }
