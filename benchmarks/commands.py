@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
 """Whole commands: `extract` beside mergekit-extract-lora and the machine's limits, its growth with layers, and `merge`.
 
-python benchmarks/commands.py --work DIR --mergekit PROGRAM [--json DIR] [--part llama|smollm|growth]...
+python benchmarks/commands.py --work DIR --mergekit PROGRAM [--json DIR] [--part llama|smollm|growth|cold]...
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lora_compress import Checkpoint, Delta
+from lora_compress import Checkpoint, Delta, verify
 from lora_compress._native import kernels
 from measure import Process, best, energy_beyond, ours, report, run
 
-PARTS = ("llama", "smollm", "growth")
+PARTS = ("llama", "smollm", "growth", "cold")
 F32 = ("avx512", "avx2", "portable")
 
 
@@ -68,14 +68,12 @@ def written(folder: Path) -> int:
 
 
 def excesses(folder: Path, rank: int) -> dict[str, float]:
-    """Excess of every low-rank matrix of our adapter over its exact optimum."""
-    manifest = json.loads((folder / "adapter" / "lora_compress" / "manifest.json").read_text())
+    """Excess of every changed matrix over its exact optimum; errors are formed from the files."""
     checkpoints = Checkpoint(folder / "base"), Checkpoint(folder / "tuned")
     result = {}
-    for tensor in manifest["tensors"]:
-        if tensor["treatment"] == "low-rank":
-            optimum = energy_beyond(Delta(*checkpoints, tensor["name"]), [rank])[rank]
-            result[tensor["name"]] = (tensor["error_energy"] / optimum) ** 0.5 - 1
+    for tensor in verify(folder / "base", folder / "tuned", folder / "adapter").tensors:
+        optimum = energy_beyond(Delta(*checkpoints, tensor.name), [rank])[rank]
+        result[tensor.name] = (tensor.error_energy / optimum) ** 0.5 - 1
     return result
 
 
@@ -130,6 +128,29 @@ def growth(work: Path, rank: int, out: Path | None) -> None:
     report("growth", rows, out, rank=rank)
 
 
+def forget(folder: Path) -> None:
+    """Have the system drop what it holds of a pair in memory."""
+    for path in folder.glob("[bt]*/*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cold(folder: Path, rank: int, out: Path | None) -> None:
+    """`extract` beside `cat`, both with nothing of the files in memory. A disk may hold them in a cache of its own."""
+    files = [str(path) for path in sorted(folder.glob("[bt]*/*.safetensors"))]
+    names = [str(folder / name) for name in ("base", "tuned", "adapter")]
+    rows: list[dict[str, Any]] = []
+    for _ in range(4):
+        forget(folder)
+        reading = run(["cat", *files])
+        forget(folder)
+        process = ours("extract", *names[:2], "-o", names[2], "--rank", str(rank), "--force")
+        ratio = process.wall / reading.wall
+        rows.append({"cat, s": reading.wall, "extract, s": process.wall, "extract / cat": ratio})
+    report("cold", rows, out, rank=rank)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,6 +166,8 @@ def main() -> None:
         against_mergekit("smollm", pair(arguments.work, "smollm", 30), 8, arguments.mergekit, arguments.json)
     if "growth" in parts:
         growth(arguments.work, 64, arguments.json)
+    if "cold" in parts:
+        cold(pair(arguments.work, "llama", 2), 64, arguments.json)
 
 
 if __name__ == "__main__":

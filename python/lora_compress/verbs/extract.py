@@ -160,7 +160,8 @@ def extract(
         progress.begin("extracting", sum(pair.tuned.nbytes for pair in changed), len(changed))
         job = partial(_decompose, base_model, tuned_model, method, host.decompositions.origin(method.name), rank, dtype)
         job = partial(job, seed=seed, tolerance=tolerance, workspace=Workspace())
-        for pair, (account, factors) in ordered_map(job, changed, lambda pair: pair.elements):
+        announce = partial(_announce, base_model, tuned_model)
+        for pair, (account, factors) in ordered_map(job, changed, lambda pair: pair.elements, announce):
             if factors is not None:
                 with plugins.blame(host.formats.origin(target.name), f"failed to write `{pair.name}`"):
                     account = replace(account, nbytes=account.nbytes + writer.write(pair.name, *factors))
@@ -276,6 +277,12 @@ def _decompose(
     if not error < float("inf"):
         raise TensorError(f"`{pair.name}`: its factors overflow {dtype}; use --dtype F32")
     return replace(account, rank=b.shape[1], error_energy=error, nbytes=stored), (b, a)
+
+
+def _announce(base: Model, tuned: Model, pair: Pair) -> None:
+    """Let the disk read a pair while another is computed."""
+    for model in (base, tuned):
+        model.checkpoint.announce(pair.name)
 
 
 def _excluded(base: Model, tuned: Model, pair: Pair, account: TensorAccount) -> TensorAccount:

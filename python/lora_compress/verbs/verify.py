@@ -22,8 +22,8 @@ from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest
 
-# Extraction and verification form the same residual in f32 with the same products, but over other panels: they agree to
-# the rounding of f32 sums, far inside this.
+# Verification forms the residual from the files. Extraction may have it from a product with the packed delta, at most
+# this far away and as a rule a few millionths.
 AGREEMENT = 1e-3
 
 

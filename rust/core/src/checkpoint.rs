@@ -219,6 +219,25 @@ impl Checkpoint {
             .at(&shard.path)
     }
 
+    /// Asks the system to have a tensor read by the time it is wanted. A hint: where the system takes none, nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::TensorMissing`].
+    pub fn announce(&self, name: &str) -> Result<()> {
+        let (shard, info) = self.find(name)?;
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{Advice, fadvise};
+            // Without a length it would be the rest of the file.
+            if let Some(length) = std::num::NonZeroU64::new(info.nbytes) {
+                let _ = fadvise(&shard.file, info.offset, Some(length), Advice::WillNeed);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (shard, info);
+        Ok(())
+    }
+
     /// Reads a whole tensor as f32 (F64 is rounded).
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! The difference itself is not kept: whoever needs it exactly streams it ([`Difference`]). Kept is Δ rounded to bf16 and
 //! packed for the kernels, two bytes an element. For most bf16 checkpoints that loses next to nothing (Sterbenz's lemma: the
-//! difference of two bf16 within a factor of two of each other is a bf16); what it loses is measured (`lost`), and where
+//! difference of two bf16 within a factor of two of each other is a bf16); what it loses is measured (`rounding`), and where
 //! that matters decompositions ask for an exact copy instead.
 
 use std::ops::Range;
@@ -14,7 +14,7 @@ use faer::{Mat, MatRef};
 use crate::checkpoint::Checkpoint;
 use crate::difference::{Difference, with_scratch};
 use crate::error::{Error, Result};
-use crate::kernel::{self, AREA, BLOCK, Packing, Sums};
+use crate::kernel::{self, AREA, BLOCK, Packing, Rounding};
 use crate::matrix::Matrix;
 use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
@@ -24,8 +24,8 @@ use crate::panels;
 const READ: usize = 1 << 17;
 /// Outside 2^±40 the products of two passes over Δ would leave the range of f32.
 const COMFORTABLE: Range<f32> = 9.094_947e-13..1.099_511_6e12;
-/// A shorter side up to this is decomposed exactly, without a packed copy.
-pub(crate) const NARROW: usize = 192;
+/// A shorter side up to this is decomposed from an exact copy, made when it is wanted.
+const NARROW: usize = 192;
 
 /// The difference of one tensor.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Delta {
     exponent: i32,
     energy: f64,
     base_energy: f64,
-    lost: f64,
+    rounding: Rounding,
     workspace: Workspace,
 }
 
@@ -80,24 +80,23 @@ impl Delta {
                 exponent,
                 energy,
                 base_energy,
-                lost: 0.0,
+                rounding: Rounding::default(),
                 workspace: workspace.clone(),
             });
         }
-        let (mut sums, mut blocks, mut lost) = pack_bf16(&difference, 0, workspace)?;
-        let exponent = exponent(sums.largest);
+        let (mut packing, mut blocks) = pack_bf16(&difference, 0, workspace)?;
+        let exponent = exponent(packing.sums.largest);
         if exponent != 0 {
             drop(blocks);
-            (sums, blocks, lost) = pack_bf16(&difference, exponent, workspace)?;
+            (packing, blocks) = pack_bf16(&difference, exponent, workspace)?;
         }
-        let (energy, base_energy) = (sums.energy, sums.base_energy);
         Ok(Self {
             difference,
             packed: Some(Packed::Bf16(blocks)),
             exponent,
-            energy,
-            base_energy,
-            lost,
+            energy: packing.sums.energy,
+            base_energy: packing.sums.base_energy,
+            rounding: packing.rounding,
             workspace: workspace.clone(),
         })
     }
@@ -191,18 +190,17 @@ impl Delta {
         Ok(product)
     }
 
-    /// The packed copy in bf16, and ‖Δ − that‖²; both scaled by 2^-exponent. `None` for a narrow Δ.
-    pub(crate) fn packed(&self) -> Option<(&Packed, f64)> {
-        self.packed.as_ref().map(|packed| (packed, self.lost))
+    /// The packed copy in bf16, and what rounding has cost; both scaled by 2^-exponent. `None` for a narrow Δ.
+    pub(crate) fn packed(&self) -> Option<(&Packed, Rounding)> {
+        self.packed.as_ref().map(|packed| (packed, self.rounding))
     }
 
     /// A packed copy that loses nothing, scaled by 2^-exponent.
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub(crate) fn pack_exactly(&self) -> Result<Packed> {
-        let blocks = pack_f32(&self.difference, self.exponent, &self.workspace)?;
-        Ok(Packed::F32(blocks))
+    pub(crate) fn pack_exactly(&self) -> Result<Blocks<f32>> {
+        pack_f32(&self.difference, self.exponent, &self.workspace)
     }
 
     /// Where decompositions take memory from.
@@ -286,21 +284,23 @@ pub fn energies(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> 
 }
 
 /// Δ·2^-exponent as blocks of bf16, its sums (unscaled), and what the rounding loses (scaled).
-fn pack_bf16(difference: &Difference, exponent: i32, workspace: &Workspace) -> Result<(Sums, Blocks<u16>, f64)> {
+fn pack_bf16(difference: &Difference, exponent: i32, workspace: &Workspace) -> Result<(Packing, Blocks<u16>)> {
     let mut blocks = Blocks::anything(difference.rows(), difference.cols(), workspace);
     let packing = fill(difference, &mut blocks, |strip, rows, blocks| {
+        if exponent == 0
+            && let Some(packing) =
+                with_scratch(0, |_, scratch| difference.pack_stored(strip, rows.clone(), blocks, scratch))?
+        {
+            return Ok(packing);
+        }
         with_scratch(rows.len() * difference.cols(), |values, scratch| {
-            if exponent == 0
-                && let Some(packing) = difference.pack_stored(strip, rows.clone(), blocks, scratch)?
-            {
-                return Ok(packing);
-            }
             let sums = difference.read(rows.start * difference.cols(), values, scratch)?;
             rescale(values, exponent);
-            Ok(Packing { sums, lost: kernel::pack_rows(values, difference.cols(), rows.start - strip, blocks) })
+            let rounding = kernel::pack_rows(values, difference.cols(), rows.start - strip, blocks);
+            Ok(Packing { sums, rounding })
         })
     })?;
-    Ok((packing.sums, blocks, packing.lost))
+    Ok((packing, blocks))
 }
 
 /// Δ·2^-exponent as blocks of f32.
@@ -316,7 +316,7 @@ fn pack_f32(difference: &Difference, exponent: i32, workspace: &Workspace) -> Re
                     block[row * BLOCK..row * BLOCK + values.len()].copy_from_slice(values);
                 }
             }
-            Ok(Packing { sums, lost: 0.0 })
+            Ok(Packing { sums, rounding: Rounding::default() })
         })
     })?;
     Ok(blocks)

@@ -25,7 +25,7 @@
 //! # Threads
 //!
 //! Work runs on the current rayon pool. Results do not depend on its size: every panel's bounds follow from shapes alone and
-//! partial sums are added in order (`panels.rs`, the only place that decides about parallelism).
+//! partial sums are added in order.
 
 mod checkpoint;
 mod delta;

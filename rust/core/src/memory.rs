@@ -14,19 +14,20 @@ use memmap2::MmapMut;
 pub struct Workspace(Arc<Mutex<Vec<MmapMut>>>);
 
 impl Workspace {
-    /// The smallest piece that has room for `bytes`. Where none has, the largest is given up: tensors to come are as likely to be
-    /// too large for it.
+    /// The smallest piece that has room for `bytes`, but not far more: it is left for what needs it. Where there is none, the
+    /// largest of those that are too small is given up: arrays to come are as likely to be too large for it.
     fn take(&self, bytes: usize) -> Option<MmapMut> {
+        const FAR_MORE: usize = 4;
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let fitting = (0..free.len()).filter(|&i| free.get(i).is_some_and(|map| map.len() >= bytes));
-        match fitting.min_by_key(|&i| free.get(i).map(|map| map.len())) {
-            Some(best) => Some(free.swap_remove(best)),
-            None => {
-                let largest = (0..free.len()).max_by_key(|&i| free.get(i).map(|map| map.len()));
-                largest.map(|largest| free.swap_remove(largest));
-                None
-            }
+        free.sort_unstable_by_key(|map| map.len());
+        let too_small = free.partition_point(|map| map.len() < bytes);
+        if free.get(too_small).is_some_and(|map| map.len() <= FAR_MORE * bytes) {
+            return Some(free.remove(too_small));
         }
+        if let Some(largest) = too_small.checked_sub(1) {
+            free.remove(largest);
+        }
+        None
     }
 
     fn give_back(&self, map: MmapMut) {

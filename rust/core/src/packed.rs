@@ -115,20 +115,23 @@ impl<T: Pod + Send + Sync> Blocks<T> {
         };
         if !self.is_wide() {
             let strips = self.values.values_mut().par_chunks_mut(across).enumerate();
-            return strips.map(|(strip, blocks)| job(strip, blocks)).collect();
+            let results: Vec<Result<R>> = strips.map(|(strip, blocks)| job(strip, blocks)).collect();
+            return results.into_iter().collect();
         }
         let strips = self.rows.div_ceil(BLOCK);
         let mut waiting = vec![T::zeroed(); across * ROUND.min(strips)];
         let mut results = Vec::with_capacity(strips);
         for first in (0..strips).step_by(ROUND) {
             let some = ROUND.min(strips - first);
-            let round: Result<Vec<R>> = waiting
+            let round: Vec<Result<R>> = waiting
                 .par_chunks_mut(across)
                 .take(some)
                 .enumerate()
                 .map(|(number, blocks)| job(first + number, blocks))
                 .collect();
-            results.extend(round?);
+            for result in round {
+                results.push(result?);
+            }
             self.values.values_mut().par_chunks_mut(strips * AREA).enumerate().for_each(|(panel, blocks)| {
                 let mine = blocks[first * AREA..].chunks_exact_mut(AREA);
                 for (block, strip) in mine.zip(waiting.chunks_exact(across).take(some)) {

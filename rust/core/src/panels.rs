@@ -1,4 +1,4 @@
-//! The one place that cuts matrices into panels and runs them in parallel.
+//! Cutting matrices into panels, and running them in parallel.
 //!
 //! Panel bounds depend on the matrix alone, every panel is computed by one thread, and partial sums are added in panel order:
 //! so no result depends on the number of threads or on who finished first.
@@ -36,7 +36,7 @@ pub(crate) fn all<S>(
     outcome.collect::<std::result::Result<(), Result<bool>>>().map_or_else(|other| other, |()| Ok(true))
 }
 
-/// `dst = alpha·lhs·rhs` on the calling thread.
+/// `dst = lhs·rhs` on the calling thread.
 pub(crate) fn multiply(dst: MatMut<'_, f32>, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
     matmul(dst, Accum::Replace, lhs, rhs, 1.0, Par::Seq);
 }

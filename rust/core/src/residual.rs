@@ -8,7 +8,8 @@
 //! ```
 //!
 //! It is taken where its two errors are small beside the result: cancellation between the terms, and what rounding Δ by R to
-//! bf16 does to the second one, at most ‖R‖·‖B·A‖.
+//! bf16 does to the second one. R may have made all of Δ shorter or longer: how much is known (`Rounding::leaning`) and undone.
+//! What is left of it is as good as independent of B·A, and changes the result by about ‖R‖·‖B·A‖/√(rows·cols).
 
 use faer::{Mat, MatMut};
 
@@ -21,13 +22,12 @@ use crate::panels;
 
 /// The short way has to leave this share of ‖Δ‖²: f32 sums are right to some 1e-7 of the whole.
 const LEAST: f64 = 1e-2;
-/// Share of the result that rounding Δ may change: if all of it fell into the direction of B·A, and if it is as good as
-/// independent of that direction, which makes the change √(rows·cols) times smaller.
-const AT_WORST: f64 = 2e-2;
+/// Share of the result that rounding Δ may change: if it is independent of B·A, and if all of it fell into that direction.
 const USUALLY: f64 = 2e-6;
+const AT_WORST: f64 = 2e-2;
 
 impl Delta {
-    /// ‖Δ − B·A‖²_F. Where Δ has been rounded to be decomposed, right to a few millionths; else as [`Self::direct_residual`].
+    /// ‖Δ − B·A‖²_F: the short way where that can be relied on, else as [`Self::direct_residual`].
     ///
     /// # Errors
     /// As [`Self::load`]; [`crate::Error::UpdateShape`] when the factors do not fit.
@@ -67,7 +67,7 @@ impl Delta {
 
     /// `None` where it might be wrong.
     fn short_residual(&self, b: &Matrix, a: &Matrix) -> Result<Option<f64>> {
-        let Some((packed @ Packed::Bf16(blocks), lost)) = self.packed() else { return Ok(None) };
+        let Some((packed @ Packed::Bf16(blocks), rounding)) = self.packed() else { return Ok(None) };
         if b.cols() == 0 || self.scale() != 1.0 {
             return Ok(None);
         }
@@ -76,15 +76,19 @@ impl Delta {
         let mut image = Mat::zeros(long.nrows(), long.ncols());
         let kernel = Kernel::current()?.exact_for(short.as_ref());
         kernel::products(kernel, packed, short.as_ref(), image.as_mut(), None, self.workspace());
-        let inner = panels::inner_product(image.as_ref(), long.as_ref());
+        // ⟨Δ, bf16(Δ)⟩ / ‖bf16(Δ)‖²: the best multiple of the packed copy.
+        let packed_energy = self.energy() - 2.0 * rounding.leaning - rounding.lost;
+        let length = (packed_energy + rounding.leaning) / packed_energy;
+        let inner = length * panels::inner_product(image.as_ref(), long.as_ref());
         let gram = |factor: &Mat<f32>| panels::gram(factor.as_ref(), factor.as_ref());
         let (left, right) = (gram(&b), gram(&a));
         let product: f64 = left.col_iter().zip(right.col_iter()).map(|(left, right)| left.transpose() * right).sum();
         let energy = self.energy() - 2.0 * inner + product;
-        let turned = 2.0 * (lost * product).sqrt();
-        let elements = (self.rows() as f64) * (self.cols() as f64);
-        let trusted = turned <= AT_WORST * energy && turned <= USUALLY * energy * elements.sqrt();
-        let trusted = trusted && energy > LEAST * self.energy();
+        let turned = 2.0 * (rounding.lost * product).sqrt();
+        let elements = self.rows() as f64 * self.cols() as f64;
+        let trusted = energy > LEAST * self.energy()
+            && turned <= AT_WORST * energy
+            && turned <= USUALLY * energy * elements.sqrt();
         Ok(trusted.then_some(energy))
     }
 }

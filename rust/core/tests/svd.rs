@@ -289,10 +289,9 @@ fn the_short_residual_is_the_direct_one() {
             let options = SvdOptions { target: Target::Rank(rank), tolerance: 1e-4, seed: 0 };
             let (b, a) = factors(&truncated_svd(&delta, options).unwrap());
             let (short, direct) = (delta.residual_energy(&b, &a).unwrap(), delta.direct_residual(&b, &a).unwrap());
-            // Each of the three terms is at most ‖Δ‖² + ‖BA‖² and right to the rounding of f32 sums over one side; what bf16
-            // takes from Δ changes the result by a few millionths.
+            // Each of the three terms is at most ‖Δ‖² + ‖BA‖² and right to the rounding of f32 sums over one side.
             let rounding = 4.0 * EPS * (rows.max(cols) as f64).sqrt() * delta.energy();
-            let turned = if lossless { 0.0 } else { 1e-5 * direct };
+            let turned = if lossless { 0.0 } else { 1e-3 * direct };
             assert!((short - direct).abs() <= rounding + turned, "{short} and {direct} of {rows}×{cols}");
         }
     }
@@ -314,4 +313,22 @@ fn exactly_low_rank_deltas_end_soon_and_whole() {
         assert_eq!(svd.sigma.len(), true_rank.min(rank));
         assert!(svd.columns <= 12 * true_rank.max(16), "{} columns for rank {true_rank}", svd.columns);
     }
+}
+
+#[test]
+fn rounding_that_leans_one_way_does_not_mislead_the_residual() {
+    // One step of a sign descent: every element is ±c, and rounding c to bf16 scales all of Δ.
+    let (rows, cols) = (400, 300);
+    let mut next = noise(51);
+    let values: Vec<f32> = (0..rows * cols).map(|_| if next() < 0.0 { -1.003_906 } else { 1.003_906 }).collect();
+    let delta = Delta::from_values(values, rows, cols).unwrap();
+    let svd = truncated_svd(&delta, SvdOptions { target: Target::Rank(40), tolerance: 1e-4, seed: 0 }).unwrap();
+    let (b, a) = factors(&svd);
+    let (short, direct) = (delta.residual_energy(&b, &a).unwrap(), delta.direct_residual(&b, &a).unwrap());
+    assert!((short - direct).abs() <= 1e-3 * direct, "{short} and {direct}");
+    // A target error is met to its tolerance, whatever rounding does.
+    let options = SvdOptions { target: Target::Error(0.6), tolerance: 1e-4, seed: 0 };
+    let (b, a) = factors(&truncated_svd(&delta, options).unwrap());
+    let reached = (delta.direct_residual(&b, &a).unwrap() / delta.energy()).sqrt();
+    assert!(reached <= 0.6 * (1.0 + 1e-4), "{reached}");
 }

@@ -126,6 +126,11 @@ impl Checkpoint {
         format!("Checkpoint({:?}, {} tensors)", self.inner.path().display().to_string(), self.inner.tensors().len())
     }
 
+    /// Ask the system to have a tensor read by the time it is wanted: a hint.
+    fn announce(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        gate::run_here(py, || self.inner.announce(name))
+    }
+
     /// A float tensor's values as float32 in the tensor's shape (F64 is rounded).
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
         let shape = self.inner.info(name).map_err(crate::error::to_python)?.shape.clone();

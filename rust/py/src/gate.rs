@@ -32,9 +32,23 @@ pub fn set_threads(threads: usize) -> PyResult<()> {
     Ok(())
 }
 
+/// Number of threads that work uses.
+#[pyfunction]
+pub fn threads() -> usize {
+    match &*POOL.read().unwrap_or_else(PoisonError::into_inner) {
+        Some(pool) => pool.current_num_threads(),
+        None => rayon::current_num_threads(),
+    }
+}
+
 /// Runs `job` without the GIL.
 pub fn run<T: Send>(py: Python<'_>, job: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
     py.detach(|| in_pool(job)).map_err(to_python)
+}
+
+/// As [`run`], on the calling thread: for what waits and does not compute.
+pub fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    py.detach(job).map_err(to_python)
 }
 
 /// As [`run`], for a job that reports bytes: each report calls `callback(bytes)`, on the caller's thread. Ctrl-C is looked for

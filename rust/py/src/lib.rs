@@ -40,5 +40,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(merge::compare, module)?)?;
     module.add_function(wrap_pyfunction!(gate::set_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(gate::threads, module)?)?;
     error::register(module)
 }

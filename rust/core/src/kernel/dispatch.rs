@@ -60,7 +60,7 @@ pub(super) fn f32_blocks(kernel: Kernel, blocks: &Blocks<f32>, operands: Operand
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a kernel is run only where it is available.
     unsafe {
-        match kernel.for_f32() {
+        match kernel {
             Kernel::Avx512 => return products(blocks, operands, |chunk| enabled::avx512_f32(chunk)),
             Kernel::Avx2 => return products(blocks, operands, |chunk| enabled::avx2_f32(chunk)),
             _ => {}

@@ -1,7 +1,7 @@
 //! Kernels that multiply bf16 and add in f32: in pairs (`vdpbf16ps`) and in tiles (AMX).
 //!
 //! Both multiply pairs along the summed index. Read plain, a block has them next to each other; to be read turned, two rows
-//! are interleaved first, a few blocks at a time.
+//! are interleaved first: in registers, or for AMX a few blocks at a time.
 
 use std::mem::MaybeUninit;
 

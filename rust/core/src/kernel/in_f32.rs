@@ -77,7 +77,9 @@ macro_rules! tile {
                                 ROW,
                                 SUM,
                                 BLOCK,
-                            >(h, step, count, x, groups * CELL, out, ahead);
+                            >(
+                                h, step, count, x, groups * CELL, out, if group == 0 { ahead } else { 0 }
+                            );
                             group += 2;
                         } else {
                             vector::multiply::<$lanes, $one, $one_vectors, ROW, SUM, BLOCK>(
@@ -87,7 +89,7 @@ macro_rules! tile {
                                 x,
                                 groups * CELL,
                                 out,
-                                ahead,
+                                if group == 0 { ahead } else { 0 },
                             );
                             group += 1;
                         }

@@ -33,7 +33,7 @@ use std::sync::OnceLock;
 
 pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatMut, MatRef};
-pub(crate) use pack::{Packing, pack_rows, subtract_and_pack};
+pub(crate) use pack::{Packing, Rounding, pack_rows, subtract_and_pack};
 
 use crate::error::{Error, Result};
 use crate::memory::Workspace;

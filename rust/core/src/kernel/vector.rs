@@ -1,7 +1,7 @@
 //! One block times a few columns, in vector registers: broadcast an element of Δ, multiply it with a row of the operand.
 //!
-//! The same loop serves f32 and pairs of bf16 ([`Lanes`]), both products (plain and turned differ in two strides), and
-//! registers of any width. It keeps a tile of results in registers for the whole sum.
+//! The same loop serves f32 and pairs of bf16 ([`Lanes`]), plain and turned (which differ in two strides), and registers of any
+//! width; pairs are turned another way (`x86::multiply_turned`). It keeps a tile of results in registers for the whole sum.
 
 use super::{BLOCK, CELL, GROUP};
 
@@ -60,7 +60,7 @@ pub(super) unsafe fn multiply<
         // SAFETY: the caller vouches for the bounds; every offset below stays within one block, operand or cell.
         unsafe {
             let place = |r: usize, v: usize| out.add((first + r) * GROUP + result(v));
-            // No closure may load: it would be compiled without the kernel's instructions, and the sums go through memory.
+            // `array::from_fn` is compiled without the kernel's instructions: the sums would go through memory.
             let mut sums = [[L::ZERO; VECTORS]; ROWS];
             for (r, row) in sums.iter_mut().enumerate() {
                 for (v, sums) in row.iter_mut().enumerate() {

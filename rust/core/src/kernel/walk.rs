@@ -39,7 +39,7 @@ pub(super) trait Multiply {
     /// Element of a stored block.
     type Stored: Pod + Send + Sync;
     /// Element of a block as it is multiplied.
-    type Block: Copy + Default + Send + Sync;
+    type Block: Copy + Send + Sync;
     /// Element of an operand.
     type Operand: Copy + Default + Send + Sync;
     /// What a thread holds while it multiplies.
@@ -119,7 +119,9 @@ pub(super) unsafe fn both<M: Multiply>(chunk: Chunk<'_, M>) {
             let handed = &mut handed[number * cells..(number + 1) * cells];
             for (group, (sums, handed)) in sums.as_chunks().0.iter().zip(handed.chunks_mut(CELL)).enumerate() {
                 place(&mut y, visit * height + number, group, sums);
-                M::for_turned(sums, handed);
+                if !z.is_empty() {
+                    M::for_turned(sums, handed);
+                }
             }
         }
         for (block, sums) in z.chunks_mut(cells).enumerate() {
@@ -156,6 +158,9 @@ pub(super) fn products<M: Multiply>(
     run: impl Fn(Chunk<'_, M>) + Sync + Send,
 ) {
     let Operands { v, y, z, workspace } = operands;
+    if v.ncols() == 0 || v.nrows() == 0 {
+        return;
+    }
     let groups = v.ncols().div_ceil(GROUP).next_multiple_of(M::GROUPS);
     let (depth, cells) = (blocks.depth(), groups * CELL);
     let mut operand = vec![M::Operand::default(); depth * cells];

@@ -91,7 +91,7 @@ impl Lanes for Avx512Bf16 {
     unsafe fn multiply_add(sums: __m512, word: *const u32, x: *const u32) -> __m512 {
         // SAFETY: see `load`; __m512i and __m512bh have the same size and any bits are valid in both.
         unsafe {
-            let (word, x) = (_mm512_set1_epi32((*word).cast_signed()), _mm512_loadu_si512(x.cast()));
+            let (word, x) = (_mm512_set1_epi32(word.read_unaligned().cast_signed()), _mm512_loadu_si512(x.cast()));
             _mm512_dpbf16_ps(
                 sums,
                 std::mem::transmute::<__m512i, __m512bh>(word),
@@ -187,7 +187,7 @@ pub(super) unsafe fn multiply_turned(
                         std::mem::transmute::<__m512i, __m512bh>(right),
                     );
                     for (j, sums) in sums.iter_mut().enumerate() {
-                        let word = _mm512_set1_epi32((*x.add(pair * GROUP + j)).cast_signed());
+                        let word = _mm512_set1_epi32(x.add(pair * GROUP + j).read_unaligned().cast_signed());
                         let word = std::mem::transmute::<__m512i, __m512bh>(word);
                         sums[0] = _mm512_dpbf16_ps(sums[0], left, word);
                         sums[1] = _mm512_dpbf16_ps(sums[1], right, word);
@@ -208,7 +208,7 @@ pub(super) unsafe fn multiply_turned(
 /// Every pointer must have `rows` f32 behind it, a multiple of eight, and AVX-512 F be available.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn inner_tile(left: [*const f32; 4], right: [*const f32; 4], rows: usize) -> [[[f64; 8]; 4]; 4] {
-    // Loops, not `map`: closures are compiled without these instructions, and called.
+    // Loops, not `map`: that is compiled without these instructions, and its closure would be called.
     let mut sums = [[_mm512_setzero_pd(); 4]; 4];
     for k in (0..rows).step_by(8) {
         let mut wide = [_mm512_setzero_pd(); 4];
@@ -235,7 +235,7 @@ pub(super) unsafe fn inner_tile(left: [*const f32; 4], right: [*const f32; 4], r
 }
 
 /// One row of `tuned − base` (little-endian bf16) into row `row` of blocks, and its sums into `lanes`: what
-/// `pack::subtract_and_pack_lanes` does, to the bit.
+/// `pack::subtract_and_pack_portably` does, to the bit.
 ///
 /// # Safety
 /// AVX-512 F, BW, DQ and VL must be available, both rows equally long, and `blocks` have room for the row.
@@ -247,11 +247,11 @@ pub(super) unsafe fn subtract_and_pack(
     blocks: &mut [u16],
     lanes: &mut pack::Lanes,
 ) {
-    let halves = |values: &[f64; LANES]| {
+    let halves = |values: &[f64; LANES]| -> [__m512d; 2] {
         // SAFETY: an array of sixteen has two registers of eight.
         unsafe { [_mm512_loadu_pd(values.as_ptr()), _mm512_loadu_pd(values.as_ptr().add(8))] }
     };
-    let mut sums = [halves(&lanes.energy), halves(&lanes.base_energy), halves(&lanes.lost)];
+    let mut sums = [&lanes.energy, &lanes.base_energy, &lanes.lost, &lanes.leaning].map(halves);
     let mut largest = _mm512_set1_ps(0.0);
     let count = base.len() / 2;
     for first in (0..count).step_by(LANES) {
@@ -272,18 +272,20 @@ pub(super) unsafe fn subtract_and_pack(
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         let rounded = _mm512_srli_epi32::<16>(up);
-        let lost = _mm512_sub_ps(delta, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(rounded)));
+        let kept = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(rounded));
+        let lost = _mm512_sub_ps(delta, kept);
         // SAFETY: see above.
         unsafe { _mm256_storeu_si256(out.cast(), _mm512_cvtepi32_epi16(rounded)) };
-        for (sums, values) in sums.iter_mut().zip([delta, before, lost]) {
-            let low = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
-            let high = _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(values));
-            // The square of an f32 is exact in f64: fused or not, the sum is rounded once.
-            sums[0] = _mm512_fmadd_pd(low, low, sums[0]);
-            sums[1] = _mm512_fmadd_pd(high, high, sums[1]);
+        let low = |values| _mm512_cvtps_pd(_mm512_castps512_ps256(values));
+        let high = |values| _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(values));
+        for (sums, (x, y)) in sums.iter_mut().zip([(delta, delta), (before, before), (lost, lost), (lost, kept)]) {
+            // A product of two f32 is exact in f64: fused or not, the sum is rounded once.
+            sums[0] = _mm512_fmadd_pd(low(x), low(y), sums[0]);
+            sums[1] = _mm512_fmadd_pd(high(x), high(y), sums[1]);
         }
     }
-    for (lanes, sums) in [&mut lanes.energy, &mut lanes.base_energy, &mut lanes.lost].into_iter().zip(sums) {
+    let totals = [&mut lanes.energy, &mut lanes.base_energy, &mut lanes.lost, &mut lanes.leaning];
+    for (lanes, sums) in totals.into_iter().zip(sums) {
         // SAFETY: as for `halves`.
         unsafe {
             _mm512_storeu_pd(lanes.as_mut_ptr(), sums[0]);

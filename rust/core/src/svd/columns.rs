@@ -36,7 +36,7 @@ impl Columns {
     pub(super) fn add(&mut self, count: usize) -> MatMut<'_, f32> {
         let (old, new) = (self.count * self.rows, (self.count + count) * self.rows);
         if new > self.memory.values().len() {
-            let mut larger = Array::holding_anything(2 * new, &self.workspace);
+            let mut larger = Array::holding_anything(new + new / 2, &self.workspace);
             larger.values_mut()[..old].copy_from_slice(&self.memory.values()[..old]);
             self.memory = larger;
         }

@@ -5,24 +5,28 @@
 
 use faer::Mat;
 
-use super::{SvdOptions, Triplets, eigen, space::NOISE};
+use super::{SvdOptions, Triplets, eigen};
+use crate::delta::Delta;
 use crate::error::Result;
 use crate::kernel::{self, Kernel};
-use crate::memory::Workspace;
 use crate::packed::{Blocks, Packed};
 use crate::panels;
 
-/// Leading triplets of a Δ that is packed exactly.
-pub(super) fn triplets(packed: &Packed, energy: f64, options: SvdOptions, workspace: &Workspace) -> Result<Triplets> {
-    let Packed::F32(blocks) = packed else { return Ok(Triplets::none(0, 0)) };
-    let (values, vectors) = eigen(gram(blocks).as_ref())?;
+/// Leading triplets of a Δ with ‖Δ‖² = `energy` > 0. Those that f64 cannot tell from zero are left out.
+///
+/// # Errors
+/// As [`Delta::load`], since Δ is read again; [`crate::Error::NoConvergence`].
+pub(super) fn triplets(delta: &Delta, energy: f64, options: SvdOptions) -> Result<Triplets> {
+    let blocks = delta.pack_exactly()?;
+    let (rows, cols) = (blocks.long(), blocks.short());
+    let (values, vectors) = eigen(gram(&blocks).as_ref())?;
     let theta: Vec<f64> = values.into_iter().rev().collect();
     let rank = options.target.rank(&theta, energy).unwrap_or(theta.len());
-    let floor = theta.first().copied().unwrap_or(0.0) * NOISE * NOISE;
+    let floor = theta.first().copied().unwrap_or(0.0) * f64::EPSILON * cols as f64;
     let keep = theta.iter().take(rank).take_while(|&&value| value > floor).count();
-    let v = Mat::from_fn(blocks.short(), keep, |i, j| vectors[(i, theta.len() - 1 - j)] as f32);
-    let mut image = Mat::zeros(blocks.long(), keep);
-    kernel::products(Kernel::current()?, packed, v.as_ref(), image.as_mut(), None, workspace);
+    let v = Mat::from_fn(cols, keep, |i, j| vectors[(i, theta.len() - 1 - j)] as f32);
+    let mut image = Mat::zeros(rows, keep);
+    kernel::products(Kernel::current()?, &Packed::F32(blocks), v.as_ref(), image.as_mut(), None, delta.workspace());
     let sigma = theta.into_iter().take(keep).map(f64::sqrt).collect();
     Ok(Triplets { v, image, sigma, columns: 0 })
 }

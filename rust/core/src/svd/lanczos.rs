@@ -14,12 +14,9 @@
 //! result   V_r = V·C_r,  Δ·V_r = M·C_r
 //! ```
 //!
-//! A claim of convergence is put to the test by two more steps from a random block outside the space ([`Probe`]). A basis that
-//! has become large is replaced by its leading Ritz vectors (thick restart: Wu & Simon 2000).
-//!
-//! Only the captured *energy* Σθ² has to converge, not single vectors, so the stopping rule looks at nothing else: increments
-//! of the top-r energy shrink geometrically, and their predicted sum bounds the excess. θ ≤ σ by interlacing: what is
-//! claimed is always reached.
+//! Only the captured *energy* Σθ² has to converge, not single vectors, so the stopping rule ([`super::search`]) looks at nothing
+//! else. A step that will probably be the last one leaves Δᵀ·Y out. A basis that has become large is replaced by its leading
+//! Ritz vectors (thick restart: Wu & Simon 2000).
 
 use faer::{Mat, MatMut, MatRef};
 
@@ -80,20 +77,21 @@ pub(super) fn triplets(
             None => None,
         };
         let exhausted = faint || next.as_ref().is_some_and(|next| next.count() == 0);
-        let step = search.step(space.size(), exhausted, || space.ritz_values())?;
-        match step {
+        match search.step(space.size(), exhausted, || space.ritz_values())? {
             Step::Done => break,
             Step::Dense => return Ok(None),
-            Step::Probe | Step::Go => {}
+            Step::Probe => next = None,
+            Step::Go if next.is_none() => {
+                let product = operator.gram(block.as_ref());
+                columns += 2 * block.count();
+                next = Some(space.new_vectors(product, floor, cols - space.size())?);
+            }
+            Step::Go => {}
         }
         let kept = search.rank() + width;
         let full = space.size() >= (LARGE * search.rank()).max(ROOMY).max(2 * kept);
-        if next.is_none() && !matches!(step, Step::Probe) {
-            let product = operator.gram(block.as_ref());
-            columns += 2 * block.count();
-            next = Some(space.new_vectors(product, floor, cols - space.size())?);
-        }
-        if full && !search.is_probing() {
+        // Without a rank there is nothing to restart with: the space grows until it holds what is asked for.
+        if full && search.rank() > 0 && !search.is_probing() {
             let basis = space.leading_basis(kept)?;
             columns += basis.count();
             space = Space::new(rows, cols, 2 * kept + 4 * width, operator.in_bf16(), workspace);
@@ -102,7 +100,7 @@ pub(super) fn triplets(
             next = next.map(|next| space.adopt(next));
         }
         block = match next {
-            Some(next) if !matches!(step, Step::Probe) && next.count() > 0 => next,
+            Some(next) if next.count() > 0 => next,
             _ => {
                 let width = PROBE_WIDTH.min(cols - space.size());
                 space.new_vectors(random.block(cols, width), 0.0, width)?

@@ -114,11 +114,11 @@ pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd>
     let nothing = energy == 0.0 || matches!(options.target.rank(&[], energy), Some(0));
     let triplets = match delta.packed() {
         _ if nothing => Triplets::none(delta.rows().max(delta.cols()), short),
-        None => gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace())?,
+        None => gram::triplets(delta, energy, options)?,
         Some(_) if matches!(options.target, Target::Rank(rank) if rank * DENSE > short) => {
-            gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace())?
+            gram::triplets(delta, energy, options)?
         }
-        Some((packed, lost)) => iterate(delta, packed, lost, energy, options)?,
+        Some((packed, rounding)) => iterate(delta, packed, rounding.lost, energy, options)?,
     };
     Ok(finish(&triplets, wide, delta.scale()))
 }
@@ -129,9 +129,14 @@ fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdO
     // Rounding Δ by R turns its leading subspace. R is as good as independent of Δ, so what that costs is of second order in
     // ‖R‖: a few times ‖R‖²·r/n (each pair of a kept and a lost direction mixes by about |R_ij|²). Asking for ‖R‖² itself
     // leaves room for an R that is not so independent.
-    if lost <= options.tolerance * energy {
+    // A target error is compared with what is captured, where R counts to the first order.
+    let tail = match options.target {
+        Target::Rank(_) => f64::INFINITY,
+        Target::Error(error) => error * error * energy,
+    };
+    if lost <= options.tolerance * energy && 2.0 * (lost * energy).sqrt() <= options.tolerance * tail {
         let Some(triplets) = lanczos::triplets(kernel, packed, energy, options, delta.workspace())? else {
-            return gram::triplets(&delta.pack_exactly()?, energy, options, delta.workspace());
+            return gram::triplets(delta, energy, options);
         };
         let captured: f64 = triplets.sigma.iter().map(|sigma| sigma * sigma).sum();
         let allowed = options.tolerance * (energy - captured).max(0.0);
@@ -140,10 +145,10 @@ fn iterate(delta: &Delta, packed: &Packed, lost: f64, energy: f64, options: SvdO
             return if lost <= 0.1 * allowed { Ok(triplets) } else { refine(delta, triplets) };
         }
     }
-    let exact = delta.pack_exactly()?;
+    let exact = Packed::F32(delta.pack_exactly()?);
     match lanczos::triplets(kernel, &exact, energy, options, delta.workspace())? {
         Some(triplets) => Ok(triplets),
-        None => gram::triplets(&exact, energy, options, delta.workspace()),
+        None => gram::triplets(delta, energy, options),
     }
 }
 

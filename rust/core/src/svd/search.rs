@@ -21,9 +21,8 @@ const RESERVE: f64 = 0.5;
 const HIDDEN: f64 = 0.125;
 
 /// What follows after a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Another step from where the last one led.
+    /// Another step from where the last one led, or from a random block where that was nowhere new.
     Go,
     /// A step from a random block.
     Probe,
@@ -135,6 +134,7 @@ impl Search {
     /// To be told when the space has been replaced by a smaller one.
     pub(super) fn restarted(&mut self) {
         self.checked_at = 0;
+        self.progress = Progress::default();
     }
 }
 
