@@ -15,7 +15,7 @@ use crate::panels;
 
 /// Chunks that a matrix is cut into, at most: each has a Z of its own, which has to be added up.
 const CHUNKS: usize = 16;
-/// Panels of a chunk, at least.
+/// Panels of a chunk, or a little less.
 const SHORTEST: usize = 16;
 /// Panels that are multiplied before Z is touched, at most.
 const TALLEST: usize = 8;
@@ -174,7 +174,9 @@ pub(super) fn products<M: Multiply>(
         }
     });
     let panel = depth * AREA;
-    let per_chunk = (blocks.panels().div_ceil(CHUNKS)).max(SHORTEST);
+    // A power of two, so that as many threads have equal shares.
+    let chunks = blocks.panels().div_ceil(SHORTEST).next_power_of_two().min(CHUNKS);
+    let per_chunk = blocks.panels().div_ceil(chunks);
     let part = if z.is_some() { depth * cells } else { 0 };
     let mut sums = Array::<f32>::holding_anything(blocks.panels().div_ceil(per_chunk) * part, workspace);
     let mut rest = sums.values_mut();
