@@ -39,6 +39,27 @@ def delta_of(rows: int, cols: int) -> Any:
     return tuned.float() - base.float()
 
 
+def prototype(delta: Any, rank: int) -> Factors:
+    """Block Lanczos as a few lines of PyTorch in bf16: a fixed number of steps, tested for nothing."""
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    width, bases, images = max(rank // 4, 8), [], []
+    start = tall.T @ (tall @ torch.randn(tall.shape[1], width).bfloat16())
+    block = torch.linalg.qr(start.float())[0]
+    for _ in range(3 * rank // width):
+        image = tall @ block.bfloat16()
+        bases.append(block.bfloat16().float())
+        images.append(image.float())
+        block = (tall.T @ image).float()
+        basis = torch.cat(bases, 1)
+        for _ in range(2):
+            block -= basis @ (basis.T @ block)
+        block = torch.linalg.qr(block)[0]
+    basis, image = torch.cat(bases, 1), torch.cat(images, 1)
+    vectors = torch.linalg.eigh((image.T @ image).double())[1][:, -rank:].float()
+    left, right = image @ vectors, (basis @ vectors).T
+    return (left.numpy(), right.numpy()) if tall is delta else (right.T.numpy(), left.T.numpy())
+
+
 def methods(tensor: Any, delta: Delta, rank: int) -> dict[str, Callable[[], Factors]]:
     """Each gives (B, A) with B·A ≈ Δ."""
 
@@ -58,8 +79,10 @@ def methods(tensor: Any, delta: Delta, rank: int) -> dict[str, Callable[[], Fact
         u, sigma, vt = randomized_svd(tensor.numpy(), rank, random_state=0)
         return u * sigma, vt
 
+    rounded = tensor.bfloat16()
     return {
         "ours": truncated,
+        "prototype": lambda: prototype(rounded, rank),
         "svd_lowrank(r, 2)": lambda: low_rank(rank, 2),
         "svd_lowrank(1.5r, 4)": lambda: low_rank(rank * 3 // 2, 4),
         "scikit-learn": scikit,

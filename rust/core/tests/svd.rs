@@ -78,7 +78,9 @@ fn check(values: Vec<f32>, rows: usize, cols: usize, rank: usize, tolerance: f64
     let (b, a) = factors(&svd);
     let error = delta.direct_residual(&b, &a).unwrap().sqrt();
     // Eckart–Young from below, the tolerance plus the f32 rounding of factors and product from above.
-    let rounding = EPS * (8.0 * rows.max(cols) as f64).sqrt() * norm;
+    // The iteration looks at energy, of which it cannot tell 1e-10 (`ENERGY_NOISE`).
+    let untold = if rows.min(cols) > 192 { 1e-5 * norm } else { 0.0 };
+    let rounding = EPS * (8.0 * rows.max(cols) as f64).sqrt() * norm + untold;
     assert!(error >= optimum - rounding, "error {error} below the optimum {optimum}");
     assert!(error <= optimum * (1.0 + tolerance) + rounding, "error {error}, optimum {optimum}, rounding {rounding}");
     svd

@@ -14,50 +14,6 @@ const TURNED: usize = 8;
 /// `vdpbf16ps`: pairs of bf16.
 pub(super) struct InPairs;
 
-impl InPairs {
-    /// # Safety
-    /// As [`vector::multiply`].
-    #[inline(always)]
-    unsafe fn groups<const ROW: usize, const SUM: usize>(
-        h: *const u32,
-        step: usize,
-        count: usize,
-        x: *const u32,
-        groups: usize,
-        out: *mut f32,
-        ahead: usize,
-    ) {
-        const WORDS: usize = CELL / 2;
-        for group in (0..groups).step_by(2) {
-            // SAFETY: the caller vouches for the bounds of all groups.
-            unsafe {
-                let (x, out) = (x.add(group * WORDS), out.add(group * CELL));
-                if group + 1 < groups {
-                    vector::multiply::<x86::Avx512Bf16, 8, 2, ROW, SUM, { BLOCK / 2 }>(
-                        h,
-                        step,
-                        count,
-                        x,
-                        groups * WORDS,
-                        out,
-                        if group == 0 { ahead } else { 0 },
-                    );
-                } else {
-                    vector::multiply::<x86::Avx512Bf16, 16, 1, ROW, SUM, { BLOCK / 2 }>(
-                        h,
-                        step,
-                        count,
-                        x,
-                        groups * WORDS,
-                        out,
-                        if group == 0 { ahead } else { 0 },
-                    );
-                }
-            }
-        }
-    }
-}
-
 impl Multiply for InPairs {
     type Stored = u16;
     type Block = u16;
@@ -72,20 +28,40 @@ impl Multiply for InPairs {
         stored
     }
 
+    /// Elements of Δ against a row of the operand: registers run along columns of the operand.
     #[inline(always)]
     unsafe fn plain(blocks: &[u16], step: usize, count: usize, x: &[u16], out: &mut [f32], ahead: usize) {
+        const WORDS: usize = CELL / 2;
+        const PAIRS: usize = BLOCK / 2;
         let groups = check(blocks, step, count, x, out);
-        // SAFETY: bounds are checked; x86-64 loads need no alignment; the caller vouches for the instructions.
-        unsafe {
-            Self::groups::<{ BLOCK / 2 }, 1>(
-                blocks.as_ptr().cast(),
-                step / 2,
-                count,
-                x.as_ptr().cast(),
-                groups,
-                out.as_mut_ptr(),
-                ahead / 2,
-            );
+        let (h, x_step) = (blocks.as_ptr().cast::<u32>(), groups * WORDS);
+        for group in (0..groups).step_by(2) {
+            let ahead = if group == 0 { ahead / 2 } else { 0 };
+            // SAFETY: bounds are checked; x86-64 loads need no alignment; the caller vouches for the instructions.
+            unsafe {
+                let (x, out) = (x.as_ptr().cast::<u32>().add(group * WORDS), out.as_mut_ptr().add(group * CELL));
+                if group + 1 < groups {
+                    vector::multiply::<x86::Avx512Bf16, 8, 2, PAIRS, 1, PAIRS>(
+                        h,
+                        step / 2,
+                        count,
+                        x,
+                        x_step,
+                        out,
+                        ahead,
+                    );
+                } else {
+                    vector::multiply::<x86::Avx512Bf16, 16, 1, PAIRS, 1, PAIRS>(
+                        h,
+                        step / 2,
+                        count,
+                        x,
+                        x_step,
+                        out,
+                        ahead,
+                    );
+                }
+            }
         }
     }
 

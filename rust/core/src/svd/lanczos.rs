@@ -77,7 +77,8 @@ pub(super) fn triplets(
             None => None,
         };
         let exhausted = faint || next.as_ref().is_some_and(|next| next.count() == 0);
-        match search.step(space.size(), exhausted, || space.ritz_values())? {
+        let last = search.is_probing() && next.is_none();
+        match search.step(space.size(), exhausted, || space.ritz_values(last))? {
             Step::Done => break,
             Step::Dense => return Ok(None),
             Step::Probe => next = None,
@@ -109,7 +110,7 @@ pub(super) fn triplets(
     }
     let rank = match options.target {
         Target::Rank(rank) => rank,
-        Target::Error(_) => options.target.rank(&space.ritz_values()?, energy).unwrap_or(cols),
+        Target::Error(_) => options.target.rank(&space.ritz_values(true)?, energy).unwrap_or(cols),
     };
     Ok(Some(space.leading(rank, columns)?))
 }

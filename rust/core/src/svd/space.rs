@@ -24,6 +24,17 @@ pub(super) struct Space {
     overlap: Mat<f64>,
     gram: Mat<f64>,
     in_bf16: bool,
+    /// Of the space as it is, if it is known.
+    solved: Option<Ritz>,
+}
+
+/// The eigenvalue problem of the space: L⁻¹·MᵀM·L⁻ᵀ·x = θ²·x with VᵀV = L·Lᵀ.
+struct Ritz {
+    /// θ², ascending.
+    values: Vec<f64>,
+    /// x, in the same order.
+    vectors: Mat<f64>,
+    lower: Mat<f64>,
 }
 
 /// Basis vectors to be, and their inner products with those of the space and with each other, one below the other.
@@ -51,6 +62,7 @@ impl Space {
             overlap: Mat::new(),
             gram: Mat::new(),
             in_bf16,
+            solved: None,
         }
     }
 
@@ -67,6 +79,7 @@ impl Space {
     /// orthogonal to the space: a vector that is rounded to bf16 leans a little towards it, and there images are large.
     pub(super) fn extend(&mut self, vectors: &Vectors, multiply: impl FnOnce(MatMut<'_, f32>)) -> (f64, f64) {
         let old = self.size();
+        self.solved = None;
         self.basis.add(vectors.count()).copy_from(&vectors.block);
         multiply(self.image.add(vectors.count()));
         border(&mut self.overlap, &vectors.overlap);
@@ -87,17 +100,30 @@ impl Space {
     }
 
     /// Ritz values θ², descending.
-    pub(super) fn ritz_values(&self) -> Result<Vec<f64>> {
-        let (matrix, _) = self.reduced()?;
-        let mut values = matrix.self_adjoint_eigenvalues(Side::Lower).map_err(|_| no_eigenvalues(self.size()))?;
+    ///
+    /// If this is probably the `last` look, vectors are computed with them and kept.
+    pub(super) fn ritz_values(&mut self, last: bool) -> Result<Vec<f64>> {
+        let mut values = if last {
+            let ritz = self.solve()?;
+            self.solved.insert(ritz).values.clone()
+        } else {
+            let (matrix, _) = self.reduced()?;
+            matrix.self_adjoint_eigenvalues(Side::Lower).map_err(|_| no_eigenvalues(self.size()))?
+        };
         values.reverse();
         Ok(values)
     }
 
-    /// The `rank` leading Ritz values and the coefficients of their vectors, without those that are rounding noise.
-    fn ritz(&self, rank: usize) -> Result<(Vec<f64>, Mat<f32>)> {
+    fn solve(&self) -> Result<Ritz> {
         let (matrix, lower) = self.reduced()?;
         let (values, vectors) = eigen(matrix.as_ref())?;
+        Ok(Ritz { values, vectors, lower })
+    }
+
+    /// The `rank` leading Ritz values and the coefficients of their vectors, without those that are rounding noise.
+    fn ritz(&mut self, rank: usize) -> Result<(Vec<f64>, Mat<f32>)> {
+        let solved = self.solved.take();
+        let Ritz { values, vectors, lower } = solved.map_or_else(|| self.solve(), Ok)?;
         let size = values.len();
         let theta: Vec<f64> = values.into_iter().rev().collect();
         let floor = theta.first().copied().unwrap_or(0.0) * NOISE * NOISE;
@@ -163,8 +189,8 @@ impl Space {
 
     /// Orthonormal basis of what `block` adds to the space; directions no longer than `floor` are dropped.
     ///
-    /// Classical Gram–Schmidt against the basis, then normalisation through the block's own Gram matrix in f64 (an
-    /// eigenvalue form of CholeskyQR that tells the rank), repeated until both hold.
+    /// Classical Gram–Schmidt against the basis, then normalisation through the block's own Gram matrix in f64: CholeskyQR where
+    /// columns are clearly independent, else an eigenvalue form of it that tells the rank, repeated until both hold.
     fn orthonormalise(&self, mut block: Mat<f32>, floor: f64) -> Result<Mat<f32>> {
         let mut floor = floor.max(f64::MIN_POSITIVE);
         let mut passes = 0;
@@ -175,7 +201,11 @@ impl Space {
                     passes += 1;
                 }
             }
-            let (values, vectors) = eigen(panels::gram(block.as_ref(), block.as_ref()).as_ref())?;
+            let gram = panels::gram(block.as_ref(), block.as_ref());
+            if let Some(rotation) = inverse_factor(gram.as_ref(), floor) {
+                return Ok(panels::tall_times_small(block.as_ref(), rotation.as_ref()));
+            }
+            let (values, vectors) = eigen(gram.as_ref())?;
             let size = values.len();
             let lambda: Vec<f64> = values.into_iter().rev().collect();
             let longest = lambda.first().copied().unwrap_or(0.0).max(0.0).sqrt();
@@ -194,14 +224,15 @@ impl Space {
     }
 
     /// The `count` leading Ritz vectors, as basis vectors of another space.
-    pub(super) fn leading_basis(&self, count: usize) -> Result<Vectors> {
-        let basis = panels::tall_times_small(self.basis.all(), self.ritz(count)?.1.as_ref());
+    pub(super) fn leading_basis(&mut self, count: usize) -> Result<Vectors> {
+        let coefficients = self.ritz(count)?.1;
+        let basis = panels::tall_times_small(self.basis.all(), coefficients.as_ref());
         let block = if self.in_bf16 { round(basis) } else { basis };
         Ok(Vectors { overlap: panels::gram(block.as_ref(), block.as_ref()), block })
     }
 
     /// The `rank` leading Ritz triplets, without those that are rounding noise.
-    pub(super) fn leading(&self, rank: usize, columns: usize) -> Result<Triplets> {
+    pub(super) fn leading(&mut self, rank: usize, columns: usize) -> Result<Triplets> {
         let (theta, coefficients) = self.ritz(rank)?;
         Ok(Triplets {
             v: panels::tall_times_small(self.basis.all(), coefficients.as_ref()),
@@ -210,6 +241,22 @@ impl Space {
             columns,
         })
     }
+}
+
+/// L⁻ᵀ of a Gram matrix L·Lᵀ, if its columns are clearly longer than `floor` and independent.
+fn inverse_factor(gram: MatRef<'_, f64>, floor: f64) -> Option<Mat<f32>> {
+    /// Shortest to longest part of a column that stands out of those before it: what rounding does to the rest is far smaller.
+    const CLEAR: f64 = 0.1;
+    let factor = gram.llt(Side::Lower).ok()?;
+    let size = gram.nrows();
+    let pivots = (0..size).map(|j| factor.L()[(j, j)]);
+    let (least, most) = pivots.fold((f64::INFINITY, 0f64), |(least, most), pivot| (least.min(pivot), most.max(pivot)));
+    if !(least > CLEAR * most && least > 2.0 * floor) {
+        return None;
+    }
+    let mut inverse = Mat::<f64>::identity(size, size);
+    solve_upper_triangular_in_place(factor.L().transpose(), inverse.as_mut(), Par::Seq);
+    Some(Mat::from_fn(size, size, |i, j| inverse[(i, j)] as f32))
 }
 
 /// To bf16 values.
