@@ -33,7 +33,6 @@ __all__ = [
     "same_bytes",
     "set_threads",
     "threads",
-    "threads",
 ]
 __version__: str
 

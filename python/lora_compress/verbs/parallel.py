@@ -12,8 +12,8 @@ from lora_compress._native import threads
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Elements of Δ in flight, two bytes each while they are worked on. Small tensors run side by side; one that is large has
-# all threads to itself, and the next is read from the disk meanwhile.
+# Elements of Δ in flight, two bytes each while they are worked on. Small tensors run side by side; one that is large
+# has all threads to itself, and the next is read from the disk meanwhile.
 IN_FLIGHT = 60_000_000
 
 
@@ -25,9 +25,9 @@ def ordered_map(
 ) -> Iterator[tuple[Task, Result]]:
     """`(task, job(task))` for every task, in the order of `tasks`, whatever order they finish in.
 
-    Jobs run in as many threads as the core uses (they release the GIL there) while their summed `cost` stays within `IN_FLIGHT`; one job
-    always runs. `announce(task)` is called ahead of time, while the task before is worked on. The first exception is
-    raised here and leaves the remaining tasks undone.
+    Jobs run in as many threads as the core uses (they release the GIL there) while their summed `cost` stays within
+    `IN_FLIGHT`; one job always runs. `announce(task)` is called ahead of time, while the task before is worked on. The
+    first exception is raised here and leaves the remaining tasks undone.
     """
     waiting: deque[tuple[Task, Future[Result]]] = deque()
     in_flight = 0
