@@ -79,8 +79,8 @@ def test_error_identity_and_optimality(case: tuple[str, Tensors, Tensors], rank:
     exact = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
     assert len(sigma) <= min(rank, *delta.shape)
     norm = np.linalg.norm(exact)
-    # Small matrices go through ΔᵀΔ in f64: by Weyl's inequality σ² is off by at most what rounding does to that matrix and
-    # its eigenvalues, some max(m, n)·2⁻⁵³·‖Δ‖².
+    # Small matrices go through ΔᵀΔ in f64: by Weyl's inequality σ² is off by at most what rounding does to that matrix
+    # and its eigenvalues, some max(m, n)·2⁻⁵³·‖Δ‖².
     assert np.allclose(
         np.square(sigma), np.square(exact[: len(sigma)]), rtol=0, atol=1e-13 * norm**2 * max(delta.shape)
     )
