@@ -22,8 +22,8 @@ from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest
 
-# Verification forms the residual from the files. Extraction may have it from a product with the packed delta, at most
-# this far away and as a rule a few millionths.
+# Verification forms the residual from the files. Extraction may have it from a product with the packed delta: a few
+# millionths away, as long as what rounding took from the delta is independent of the factors.
 AGREEMENT = 1e-3
 
 

@@ -102,7 +102,7 @@ impl Difference {
         Ok(total)
     }
 
-    /// Where both sides are stored in bf16: rows `row..row + count` into blocks of a strip that begins at row `strip`, in one
+    /// Where both sides are stored in bf16: `rows` into blocks of a strip that begins at row `strip`, in one
     /// pass over the files' bytes. `None` for other dtypes.
     ///
     /// # Errors

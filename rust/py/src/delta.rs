@@ -117,8 +117,8 @@ impl Delta {
         Ok((array(py, svd.u)?, svd.sigma.into_pyarray(py), array(py, svd.vt)?))
     }
 
-    /// ‖Δ − b·a‖²; b float32 (rows, r), a float32 (r, cols). At most a thousandth from what the residual itself, formed from the
-    /// files, would give; as a rule a few millionths.
+    /// ‖Δ − b·a‖²; b float32 (rows, r), a float32 (r, cols). From the residual itself, formed from the files, or from a product
+    /// with the packed delta where that is a few millionths away: if what rounding took from it is independent of b·a.
     fn residual_energy(
         &self,
         py: Python<'_>,
