@@ -32,7 +32,7 @@ impl Delta {
     /// # Errors
     /// As [`Self::load`]; [`crate::Error::UpdateShape`] when the factors do not fit.
     pub fn residual_energy(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
-        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
+        self.factors_fit(b, a)?;
         match self.short_residual(b, a)? {
             Some(energy) => Ok(energy),
             None => self.direct_residual(b, a),
@@ -44,7 +44,7 @@ impl Delta {
     /// # Errors
     /// As [`Self::residual_energy`].
     pub fn direct_residual(&self, b: &Matrix, a: &Matrix) -> Result<f64> {
-        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])?;
+        self.factors_fit(b, a)?;
         let down = self.scale().recip();
         let parts = self.for_strips(
             |_| 0f64,
@@ -63,6 +63,10 @@ impl Delta {
             },
         )?;
         Ok(parts.iter().sum::<f64>() * self.scale().powi(2))
+    }
+
+    fn factors_fit(&self, b: &Matrix, a: &Matrix) -> Result<()> {
+        self.fits(b.rows() == self.rows() && a.cols() == self.cols() && b.cols() == a.rows(), &[b, a])
     }
 
     /// `None` where it might be wrong.
