@@ -36,6 +36,7 @@ pub struct Delta {
     exponent: i32,
     energy: f64,
     base_energy: f64,
+    rounding_energy: f64,
     rounding: Rounding,
     workspace: Workspace,
 }
@@ -75,6 +76,7 @@ impl Delta {
             let exponent = exponent(sums.largest);
             let (energy, base_energy) = (sums.energy, sums.base_energy);
             return Ok(Self {
+                rounding_energy: difference.rounding_energy(&sums),
                 difference,
                 packed: None,
                 exponent,
@@ -91,6 +93,7 @@ impl Delta {
             (packing, blocks) = pack_bf16(&difference, exponent, workspace)?;
         }
         Ok(Self {
+            rounding_energy: difference.rounding_energy(&packing.sums),
             difference,
             packed: Some(Packed::Bf16(blocks)),
             exponent,
@@ -123,6 +126,13 @@ impl Delta {
     #[must_use]
     pub fn base_energy(&self) -> f64 {
         self.base_energy
+    }
+
+    /// Energy that rounding W_tuned to its dtype has added to Δ, were it spread evenly over the spacing of each element that
+    /// changed: Σ spacing²/12. 0 for values in memory.
+    #[must_use]
+    pub fn rounding_energy(&self) -> f64 {
+        self.rounding_energy
     }
 
     /// Rows `range` of Δ, row-major; rows beyond the last are left out.

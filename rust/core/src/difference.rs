@@ -86,6 +86,13 @@ impl Difference {
         self.cols
     }
 
+    /// Energy that rounding tuned to its dtype has added to Δ, given the sums over it: an error spread evenly over one spacing s
+    /// has the variance s²/12, and s = 2u·2^⌊log₂|w|⌋. Elements that did not change carry none; 0 for values in memory.
+    pub(crate) fn rounding_energy(&self, sums: &Sums) -> f64 {
+        let Source::Files { dtypes, .. } = &self.source else { return 0.0 };
+        dtypes.1.unit_roundoff().map_or(0.0, |unit| sums.binades * unit * unit / 3.0)
+    }
+
     /// The sums over all elements.
     ///
     /// # Errors
@@ -140,7 +147,7 @@ impl Difference {
             Source::Memory(values) => {
                 out.copy_from_slice(values.get(begin..begin + out.len()).unwrap_or_default());
                 let largest = out.iter().fold(0f32, |most, value| most.max(value.abs()));
-                let sums = Sums { energy: kernel::sum_squares(out), base_energy: 0.0, largest };
+                let sums = Sums { energy: kernel::sum_squares(out), largest, ..Sums::default() };
                 return if sums.energy.is_finite() { Ok(sums) } else { Err(non_finite_in_memory(begin, out)) };
             }
         };
@@ -160,7 +167,7 @@ impl Difference {
             let base = &mut widened[..out.len()];
             widen(dtypes.0, base_bytes, base);
             widen(dtypes.1, tuned_bytes, out);
-            sums.add(kernel::subtract(base, out));
+            sums.add(kernel::subtract(base, out, dtypes.1.smallest_normal()));
         }
         if sums.is_finite() {
             scratch.base = widened;
@@ -236,8 +243,12 @@ fn subtract_wide(dtypes: (Dtype, Dtype), base: &[u8], tuned: &[u8], out: &mut [f
     let _ = with_element!(dtypes.0, B => with_element!(dtypes.1, T => {
         let pairs = base.chunks_exact(B::BYTES).zip(tuned.chunks_exact(T::BYTES));
         for (value, (base, tuned)) in out.iter_mut().zip(pairs) {
-            let base = B::read(base);
-            *value = (T::read(tuned) - base) as f32;
+            let (base, tuned) = (B::read(base), T::read(tuned));
+            *value = (tuned - base) as f32;
+            if tuned != base {
+                let floored = tuned.abs().max(f64::from(dtypes.1.smallest_normal()));
+                sums.binades += f64::from_bits(floored.to_bits() & 0x7ff0_0000_0000_0000).powi(2);
+            }
             sums.energy += f64::from(*value) * f64::from(*value);
             sums.base_energy += base * base;
             sums.largest = sums.largest.max(value.abs());

@@ -98,6 +98,18 @@ impl Dtype {
     }
 }
 
+impl Dtype {
+    /// Smallest positive normal value, as far as f32 tells: below it, values of a type have one spacing. 0 for types that this
+    /// crate does not compute with.
+    pub(crate) const fn smallest_normal(self) -> f32 {
+        match self {
+            Self::BF16 | Self::F32 => f32::MIN_POSITIVE,
+            Self::F16 => 6.103_515_6e-5,
+            _ => 0.0,
+        }
+    }
+}
+
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

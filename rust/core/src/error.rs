@@ -135,6 +135,13 @@ pub enum Error {
         cols: usize,
     },
 
+    /// Numbers that cannot be the spectrum of a delta.
+    #[error("not a spectrum: {fault}")]
+    Spectrum {
+        /// What is wrong with them.
+        fault: &'static str,
+    },
+
     /// The caller broke the writing protocol: a programming error, not a user's.
     #[error("`{}`: {reason}", path.display())]
     Writer {

@@ -7,9 +7,10 @@
 //!
 //! 1. [`Checkpoint`] opens a safetensors file or a sharded directory; headers are validated once, bytes are read by position.
 //! 2. [`Delta`] forms one tensor's difference and its energy ‖Δ‖².
-//! 3. [`truncated_svd`] finds the leading singular triplets: the best factors of their rank.
-//! 4. [`Writer`] streams an adapter to disk, atomically and reproducibly.
-//! 5. [`merge_shard`] writes W' = round(W + s·B·A), [`compare`] says how far that is from tuned.
+//! 3. [`Spectrum`] keeps the leading singular values; a [`Rule`] or an [`Allocation`] turns spectra into ranks.
+//! 4. [`truncated_svd`] finds the leading singular triplets: the best factors of their rank.
+//! 5. [`Writer`] streams an adapter to disk, atomically and reproducibly.
+//! 6. [`merge_shard`] writes W' = round(W + s·B·A), [`compare`] says how far that is from tuned.
 //!
 //! ```
 //! use lora_compress_core::{Delta, SvdOptions, Target, truncated_svd};
@@ -32,6 +33,7 @@ mod delta;
 mod difference;
 mod dtype;
 mod error;
+mod fingerprint;
 mod header;
 mod kernel;
 mod matrix;
@@ -40,6 +42,7 @@ mod merge;
 mod packed;
 mod panels;
 mod pattern;
+mod rank;
 mod residual;
 mod same;
 mod svd;
@@ -52,14 +55,16 @@ pub use delta::{Delta, energies};
 pub use difference::check_finite;
 pub use dtype::{Dtype, decode, encode, round_to};
 pub use error::{Error, HeaderFault, IndexFault, Result};
+pub use fingerprint::fingerprint;
 pub use header::TensorInfo;
 pub use kernel::Kernel;
 pub use matrix::Matrix;
 pub use memory::Workspace;
 pub use merge::{Updates, merge_shard, unknown_tensors};
 pub use pattern::first_match;
+pub use rank::{Allocation, Candidate, Goal, Rule, Spectrum, Step};
 pub use same::same_bytes;
-pub use svd::{SvdOptions, Target, TruncatedSvd, tensor_seed, truncated_svd};
+pub use svd::{SvdOptions, Target, TruncatedSvd, singular_values, tensor_seed, truncated_svd};
 pub use update::{LoadedUpdate, LowRank, Source, Update};
 pub use verify::{Comparison, compare};
 pub use write::{Spec, Writer};

@@ -11,6 +11,8 @@ pub(crate) struct Sums {
     pub(crate) energy: f64,
     /// ‖W_base‖².
     pub(crate) base_energy: f64,
+    /// Σ 4^⌊log₂|w|⌋ over the elements w of W_tuned that differ from the base: what the spacing of their dtype follows.
+    pub(crate) binades: f64,
     /// max |Δ|.
     pub(crate) largest: f32,
 }
@@ -25,6 +27,7 @@ impl Sums {
     pub(crate) fn add(&mut self, other: Self) {
         self.energy += other.energy;
         self.base_energy += other.base_energy;
+        self.binades += other.binades;
         self.largest = self.largest.max(other.largest);
     }
 }
@@ -76,15 +79,25 @@ dispatched! {
     }
 }
 
+/// 2^⌊log₂|value|⌋ where it has `changed`, else 0; 0 for subnormal values too.
+#[inline(always)]
+pub(super) fn binade(value: f32, changed: bool) -> f32 {
+    f32::from_bits(if changed { value.to_bits() & 0x7f80_0000 } else { 0 })
+}
+
 dispatched! {
     /// `delta ← delta − base`, elementwise in f32: the exact difference rounded once. Sums are NaN or infinite when an
-    /// element is.
-    fn subtract(base: &[f32], delta: &mut [f32]) -> Sums {
+    /// element is. The dtype of `delta` is spaced evenly below `least`.
+    fn subtract(base: &[f32], delta: &mut [f32], least: f32) -> Sums {
         let (mut energy, mut base_energy, mut largest) = ([0f64; LANES], [0f64; LANES], [0f32; LANES]);
+        let mut binades = [0f64; LANES];
         let mut pieces = delta.chunks_exact_mut(LANES);
         let mut base_pieces = base.chunks_exact(LANES);
         for (delta, base) in pieces.by_ref().zip(base_pieces.by_ref()) {
             for i in 0..LANES {
+                let floored = if delta[i].abs() > least { delta[i] } else { least };
+                let step = binade(floored, delta[i] != base[i]);
+                binades[i] += f64::from(step) * f64::from(step);
                 delta[i] -= base[i];
                 energy[i] += f64::from(delta[i]) * f64::from(delta[i]);
                 base_energy[i] += f64::from(base[i]) * f64::from(base[i]);
@@ -92,6 +105,8 @@ dispatched! {
             }
         }
         for ((i, delta), base) in pieces.into_remainder().iter_mut().enumerate().zip(base_pieces.remainder()) {
+            let step = binade(delta.abs().max(least), *delta != *base);
+            binades[i] += f64::from(step) * f64::from(step);
             *delta -= base;
             energy[i] += f64::from(*delta) * f64::from(*delta);
             base_energy[i] += f64::from(*base) * f64::from(*base);
@@ -100,6 +115,7 @@ dispatched! {
         Sums {
             energy: energy.iter().sum(),
             base_energy: base_energy.iter().sum(),
+            binades: binades.iter().sum(),
             largest: largest.iter().fold(0.0, |most, &value| value.max(most)),
         }
     }

@@ -1,6 +1,6 @@
 //! From differences to blocks of bf16. The same bits on every machine, as all loops over elements ([`super::elementwise`]).
 
-use super::elementwise::{LANES, Sums, dispatched};
+use super::elementwise::{LANES, Sums, binade, dispatched};
 use super::{AREA, BLOCK};
 
 /// What packing some of Δ tells.
@@ -42,6 +42,7 @@ impl Packing {
 pub(crate) struct Lanes {
     pub(super) energy: [f64; LANES],
     pub(super) base_energy: [f64; LANES],
+    pub(super) binades: [f64; LANES],
     pub(super) lost: [f64; LANES],
     pub(super) leaning: [f64; LANES],
     pub(super) largest: [f32; LANES],
@@ -51,6 +52,7 @@ impl Lanes {
     const ZERO: Self = Self {
         energy: [0.0; LANES],
         base_energy: [0.0; LANES],
+        binades: [0.0; LANES],
         lost: [0.0; LANES],
         leaning: [0.0; LANES],
         largest: [0.0; LANES],
@@ -59,9 +61,10 @@ impl Lanes {
     #[inline(always)]
     fn total(&self) -> Packing {
         let largest = self.largest.iter().fold(0f32, |most, &value| value.max(most));
-        let (energy, base_energy) = (self.energy.iter().sum(), self.base_energy.iter().sum());
+        let [energy, base_energy, binades] =
+            [&self.energy, &self.base_energy, &self.binades].map(|lanes| lanes.iter().sum());
         let rounding = Rounding { lost: self.lost.iter().sum(), leaning: self.leaning.iter().sum() };
-        Packing { sums: Sums { energy, base_energy, largest }, rounding }
+        Packing { sums: Sums { energy, base_energy, binades, largest }, rounding }
     }
 }
 
@@ -130,12 +133,15 @@ dispatched! {
 
 #[inline(always)]
 fn subtract_lanes(base: &[u8; 2 * LANES], tuned: &[u8; 2 * LANES], out: &mut [u16; LANES], lanes: &mut Lanes) {
-    let (mut before, mut delta) = ([0f32; LANES], [0f32; LANES]);
+    let (mut before, mut delta, mut step) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
     for i in 0..LANES {
         before[i] = f32::from_bits(u32::from(u16::from_le_bytes([base[2 * i], base[2 * i + 1]])) << 16);
-        delta[i] = f32::from_bits(u32::from(u16::from_le_bytes([tuned[2 * i], tuned[2 * i + 1]])) << 16) - before[i];
+        let after = f32::from_bits(u32::from(u16::from_le_bytes([tuned[2 * i], tuned[2 * i + 1]])) << 16);
+        delta[i] = after - before[i];
+        step[i] = binade(after, after != before[i]);
     }
     for i in 0..LANES {
+        lanes.binades[i] += f64::from(step[i]) * f64::from(step[i]);
         lanes.energy[i] += f64::from(delta[i]) * f64::from(delta[i]);
         lanes.base_energy[i] += f64::from(before[i]) * f64::from(before[i]);
         lanes.largest[i] = if delta[i].abs() > lanes.largest[i] { delta[i].abs() } else { lanes.largest[i] };

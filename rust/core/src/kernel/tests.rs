@@ -135,7 +135,7 @@ proptest! {
     fn elementwise_loops_agree_with_f64(count in 0usize..200, seed: u64) {
         let (base, tuned) = (values(count, seed), values(count, seed ^ 3));
         let mut delta = tuned.clone();
-        let sums = subtract(&base, &mut delta);
+        let sums = subtract(&base, &mut delta, f32::MIN_POSITIVE);
         let exact: Vec<f64> = tuned.iter().zip(&base).map(|(&t, &b)| f64::from((f64::from(t) - f64::from(b)) as f32)).collect();
         prop_assert!(delta.iter().zip(&exact).all(|(&d, &e)| f64::from(d) == e));
         let energy: f64 = exact.iter().map(|d| d * d).sum();
@@ -144,6 +144,9 @@ proptest! {
         let close = |a: f64, b: f64| (a - b).abs() <= 2.0 * count as f64 * f64::EPSILON * b.abs();
         prop_assert!(close(sums.energy, energy) && close(sums.base_energy, base_energy));
         prop_assert!(close(sum_squares(&delta), energy));
+        let changed = tuned.iter().zip(&base).filter(|(tuned, base)| tuned != base);
+        let binades: f64 = changed.map(|(&t, _)| f64::from(t).abs().max(2f64.powi(-126)).log2().floor().exp2().powi(2)).sum();
+        prop_assert!(close(sums.binades, binades));
         prop_assert_eq!(f64::from(sums.largest), exact.iter().fold(0.0, |most: f64, d| most.max(d.abs())));
         let bytes: Vec<u8> = tuned.iter().flat_map(|&t| bf16::from_f32(t).to_le_bytes()).collect();
         let mut wide = vec![0f32; count];
@@ -162,17 +165,18 @@ proptest! {
         let packing = subtract_and_pack(&odd[1..], &bytes(&tuned), cols, row, &mut fast);
         let portable = pack::subtract_and_pack_portably(&bytes(&base), &bytes(&tuned), cols, row, &mut plain);
         let mut delta = tuned;
-        let sums = subtract(&base, &mut delta);
+        let sums = subtract(&base, &mut delta, f32::MIN_POSITIVE);
         let rounding = pack_rows(&delta, cols, row, &mut steps);
         prop_assert_eq!((&fast, &fast), (&plain, &steps));
         let bits = |packing: &Packing| {
             let sums = packing.sums;
-            [sums.energy.to_bits(), sums.base_energy.to_bits(), packing.rounding.lost.to_bits(), packing.rounding.leaning.to_bits(), u64::from(sums.largest.to_bits())]
+            [sums.energy.to_bits(), sums.base_energy.to_bits(), sums.binades.to_bits(), packing.rounding.lost.to_bits(), packing.rounding.leaning.to_bits(), u64::from(sums.largest.to_bits())]
         };
         prop_assert_eq!(bits(&packing), bits(&portable));
         // Other orders of the same sums of positive terms: each errs by at most n·2⁻⁵³.
         let close = |a: f64, b: f64| (a - b).abs() <= 2.0 * (rows * cols) as f64 * f64::EPSILON * b.abs();
         prop_assert!(close(packing.sums.energy, sums.energy) && close(packing.sums.base_energy, sums.base_energy));
+        prop_assert!((packing.sums.binades - sums.binades).abs() <= 1e-12 * sums.binades + 1e-70);
         prop_assert!(close(packing.rounding.lost, rounding.lost) && packing.sums.largest == sums.largest);
     }
 

@@ -251,7 +251,7 @@ pub(super) unsafe fn subtract_and_pack(
         // SAFETY: an array of sixteen has two registers of eight.
         unsafe { [_mm512_loadu_pd(values.as_ptr()), _mm512_loadu_pd(values.as_ptr().add(8))] }
     };
-    let mut sums = [&lanes.energy, &lanes.base_energy, &lanes.lost, &lanes.leaning].map(halves);
+    let mut sums = [&lanes.energy, &lanes.base_energy, &lanes.lost, &lanes.leaning, &lanes.binades].map(halves);
     let mut largest = _mm512_set1_ps(0.0);
     let count = base.len() / 2;
     for first in (0..count).step_by(LANES) {
@@ -265,8 +265,11 @@ pub(super) unsafe fn subtract_and_pack(
             )
         };
         let widen = |bits| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
-        let before = widen(before);
-        let delta = _mm512_sub_ps(widen(after), before);
+        let (before, after) = (widen(before), widen(after));
+        let delta = _mm512_sub_ps(after, before);
+        let changed = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(after, before);
+        let exponents = _mm512_set1_epi32(0x7f80_0000);
+        let step = _mm512_castsi512_ps(_mm512_maskz_and_epi32(changed, _mm512_castps_si512(after), exponents));
         largest = _mm512_max_ps(largest, _mm512_abs_ps(delta));
         let bits = _mm512_castps_si512(delta);
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -278,13 +281,14 @@ pub(super) unsafe fn subtract_and_pack(
         unsafe { _mm256_storeu_si256(out.cast(), _mm512_cvtepi32_epi16(rounded)) };
         let low = |values| _mm512_cvtps_pd(_mm512_castps512_ps256(values));
         let high = |values| _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(values));
-        for (sums, (x, y)) in sums.iter_mut().zip([(delta, delta), (before, before), (lost, lost), (lost, kept)]) {
+        let factors = [(delta, delta), (before, before), (lost, lost), (lost, kept), (step, step)];
+        for (sums, (x, y)) in sums.iter_mut().zip(factors) {
             // A product of two f32 is exact in f64: fused or not, the sum is rounded once.
             sums[0] = _mm512_fmadd_pd(low(x), low(y), sums[0]);
             sums[1] = _mm512_fmadd_pd(high(x), high(y), sums[1]);
         }
     }
-    let totals = [&mut lanes.energy, &mut lanes.base_energy, &mut lanes.lost, &mut lanes.leaning];
+    let totals = [&mut lanes.energy, &mut lanes.base_energy, &mut lanes.lost, &mut lanes.leaning, &mut lanes.binades];
     for (lanes, sums) in totals.into_iter().zip(sums) {
         // SAFETY: as for `halves`.
         unsafe {

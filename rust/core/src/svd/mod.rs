@@ -105,22 +105,35 @@ impl Triplets {
 /// # Errors
 /// [`Error::NoConvergence`] when a dense factorisation inside fails; as [`Delta::load`] when Δ has to be read again.
 pub fn truncated_svd(delta: &Delta, options: SvdOptions) -> Result<TruncatedSvd> {
-    let (short, wide) = (delta.rows().min(delta.cols()), delta.rows() < delta.cols());
+    let triplets = triplets(delta, options)?;
+    Ok(finish(&triplets, delta.rows() < delta.cols(), delta.scale()))
+}
+
+/// The leading singular values of `delta`, descending: those of [`truncated_svd`].
+///
+/// # Errors
+/// As [`truncated_svd`].
+pub fn singular_values(delta: &Delta, options: SvdOptions) -> Result<Vec<f64>> {
+    let sigma = triplets(delta, options)?.sigma;
+    Ok(sigma.into_iter().map(|value| value * delta.scale()).collect())
+}
+
+fn triplets(delta: &Delta, options: SvdOptions) -> Result<Triplets> {
+    let short = delta.rows().min(delta.cols());
     let energy = delta.energy() / delta.scale().powi(2);
     let options = match options.target {
         Target::Rank(rank) => SvdOptions { target: Target::Rank(rank.min(short)), ..options },
         Target::Error(_) => options,
     };
     let nothing = energy == 0.0 || matches!(options.target.rank(&[], energy), Some(0));
-    let triplets = match delta.packed() {
-        _ if nothing => Triplets::none(delta.rows().max(delta.cols()), short),
-        None => gram::triplets(delta, energy, options)?,
+    match delta.packed() {
+        _ if nothing => Ok(Triplets::none(delta.rows().max(delta.cols()), short)),
+        None => gram::triplets(delta, energy, options),
         Some(_) if matches!(options.target, Target::Rank(rank) if rank * DENSE > short) => {
-            gram::triplets(delta, energy, options)?
+            gram::triplets(delta, energy, options)
         }
-        Some((packed, rounding)) => iterate(delta, packed, rounding.lost, energy, options)?,
-    };
-    Ok(finish(&triplets, wide, delta.scale()))
+        Some((packed, rounding)) => iterate(delta, packed, rounding.lost, energy, options),
+    }
 }
 
 /// Lanczos on the rounded copy, where that is good enough; else on an exact one. Dense when the iteration gives up.
