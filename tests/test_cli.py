@@ -124,8 +124,13 @@ def test_a_users_mistake_is_one_line_that_names_it(run: Any, pair: Pair, tmp_pat
 
 def test_wrong_usage_exits_with_2(run: Any, pair: Pair, tmp_path: Path) -> None:
     for arguments in (
-        ["extract", *pair, "-o", tmp_path / "x"],
+        ["extract", *pair],
         ["extract", *pair, "-o", tmp_path / "x", "--rank", 0],
+        ["extract", *pair, "-o", tmp_path / "x", "--rank", 4, "--budget", "1MB"],
+        ["extract", *pair, "-o", tmp_path / "x", "--budget", "some"],
+        ["extract", *pair, "-o", tmp_path / "x", "--ranks-allowed", "8,,16"],
+        ["plan", *pair, "--rank", "energy=7"],
+        ["plan", tmp_path / "plan.json", "--exclude", "x"],
         ["extract", pair[0], "-o", tmp_path / "x", "--rank", 1],
         ["extract", *pair, "-o", tmp_path / "x", "--rank", 1, "--dtype", "int4"],
         ["merge", pair[0], "-o", tmp_path / "x"],
@@ -243,3 +248,28 @@ def test_output_that_cannot_be_written_is_named(pair: Pair, tmp_path: Path) -> N
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_plan_then_extract(run: Any, pair: Pair, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    code, text, errors = run("plan", *pair, "--budget", "60kB", "-o", saved)
+    assert (code, errors) == (0, "")
+    for word in ("embed_tokens", "noise", "budget 60 kB", "extraction takes about", "error", "●"):
+        assert word in text
+    assert "is not empty" in run("plan", *pair, "-o", saved)[2]
+    weights = next(pair[1].glob("*.safetensors"))
+    assert "would replace" in run("plan", pair[0], weights, "-o", weights, "--force")[2]
+    code, text, errors = run("plan", saved, "--rank", "energy=0.5", "--tensors")
+    assert code == 0
+    assert "model.layers.0.self_attn.q_proj.weight" in text
+    assert "energy 0.5" in text
+    code, text, _ = run("plan", saved, "--json")
+    assert json.loads(text)["choice"]["rule"] == "budget"
+    code, text, errors = run("extract", *pair, "-o", tmp_path / "out", "--plan", saved)
+    assert (code, errors) == (0, "")
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors")) <= 60_000
+    code, _, errors = run("extract", pair[1], pair[0], "-o", tmp_path / "x", "--plan", saved)
+    assert code == cli.EXIT_FAILED
+    assert "was made for another base model" in errors
+    code, _, errors = run("plan", tmp_path / "nothing.json")
+    assert (code, errors.count("\n")) == (cli.EXIT_FAILED, 1)

@@ -1,69 +1,89 @@
 """Turn a full fine-tune into a small adapter, check it, and merge adapters back.
 
     >>> import lora_compress
-    >>> result = lora_compress.extract("base/", "tuned/", "adapter/", rank=16)   # doctest: +SKIP
+    >>> plan = lora_compress.plan("base/", "tuned/", budget="50MB")              # doctest: +SKIP
+    >>> result = lora_compress.extract("base/", "tuned/", "adapter/", plan=plan) # doctest: +SKIP
     >>> lora_compress.verify("base/", "tuned/", "adapter/").ok                   # doctest: +SKIP
     >>> lora_compress.merge("base/", ["adapter/"], "merged/")                    # doctest: +SKIP
 
-The pipeline, one way: checkpoint → delta → factors → adapter → merged checkpoint. The verbs here are those of the
-command line, with the same names. Importing this package loads neither plugins nor NumPy: names are resolved when first
-used.
+The pipeline, one way: checkpoint → delta → spectrum → plan (ranks) → factors → adapter → merged checkpoint. The verbs
+here are those of the command line, with the same names. Importing this package loads neither plugins nor NumPy: names
+are resolved when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_compress._native import Checkpoint, Delta, __version__, set_threads
+    from lora_compress._native import Allocation, Checkpoint, Delta, Spectrum, __version__, set_threads
     from lora_compress.decompositions.interface import Decomposition
     from lora_compress.errors import (
         AdapterError,
         CheckpointError,
         LoraCompressError,
+        PlanError,
         PluginError,
         SelectionError,
         TensorError,
     )
     from lora_compress.hookspecs import hookimpl
+    from lora_compress.ranks.choice import RankChoice
+    from lora_compress.ranks.plan import Plan
+    from lora_compress.verbs.changes import Options
     from lora_compress.verbs.extract import extract
     from lora_compress.verbs.inspect import inspect
     from lora_compress.verbs.merge import merge
+    from lora_compress.verbs.plan import plan
     from lora_compress.verbs.verify import verify
 
 _HOME = {
+    "Allocation": "_native",
     "AdapterError": "errors",
     "Checkpoint": "_native",
     "CheckpointError": "errors",
     "Decomposition": "decompositions.interface",
     "Delta": "_native",
     "LoraCompressError": "errors",
+    "Options": "verbs.changes",
+    "Plan": "ranks.plan",
+    "PlanError": "errors",
     "PluginError": "errors",
+    "RankChoice": "ranks.choice",
     "SelectionError": "errors",
+    "Spectrum": "_native",
     "TensorError": "errors",
     "__version__": "_native",
     "extract": "verbs.extract",
     "hookimpl": "hookspecs",
     "inspect": "verbs.inspect",
     "merge": "verbs.merge",
+    "plan": "verbs.plan",
     "set_threads": "_native",
     "verify": "verbs.verify",
 }
 
 __all__ = [
     "AdapterError",
+    "Allocation",
     "Checkpoint",
     "CheckpointError",
     "Decomposition",
     "Delta",
     "LoraCompressError",
+    "Options",
+    "Plan",
+    "PlanError",
     "PluginError",
+    "RankChoice",
     "SelectionError",
+    "Spectrum",
     "TensorError",
     "__version__",
     "extract",
     "hookimpl",
     "inspect",
     "merge",
+    "plan",
     "set_threads",
     "verify",
 ]

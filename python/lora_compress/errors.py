@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "LoraCompressError",
     "OutputExistsError",
+    "PlanError",
     "PluginError",
     "SelectionError",
     "TensorError",
@@ -23,6 +24,10 @@ class AdapterError(LoraCompressError):
 
 class OutputExistsError(LoraCompressError):
     """The output exists and may not be replaced."""
+
+
+class PlanError(LoraCompressError):
+    """A file is not a plan, or the plan was made for other checkpoints."""
 
 
 class PluginError(LoraCompressError):

@@ -21,6 +21,7 @@ EXIT_TERMINATED = 143
 # Name, module and one line of help: everything that `--help` needs to know of a command.
 COMMANDS = {
     "inspect": ("inspect", "Say what a checkpoint or an adapter is."),
+    "plan": ("plan", "Say which ranks a fine-tune needs, what they cost and what they keep."),
     "extract": ("extract", "Extract an adapter from a full fine-tune."),
     "merge": ("merge", "Merge adapters into a base model."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
@@ -71,7 +72,8 @@ def cli() -> None:
 
     \b
     lora-compress demo                                    see it work
-    lora-compress extract BASE TUNED -o ADAPTER --rank 32
+    lora-compress plan BASE TUNED                         ranks, sizes, errors
+    lora-compress extract BASE TUNED -o ADAPTER
     lora-compress verify BASE TUNED ADAPTER
     lora-compress merge BASE ADAPTER -o MODEL
     """

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from lora_compress.ranks.text import size as size
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
@@ -100,22 +102,6 @@ def warn(messages: Sequence[str], *, limit: int = 5) -> None:
         click.echo(f"{click.style('warning', fg='yellow')}: {message}", err=True)
     if len(messages) > limit:
         click.echo(f"{click.style('warning', fg='yellow')}: and {len(messages) - limit} more of that kind", err=True)
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in units of 1000 as disks and Hubs count."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return (
-                f"{value:.0f} {unit}"
-                if unit == "B"
-                else f"{value:.3g} {unit}"
-                if value < 1000
-                else f"{value:,.0f} {unit}"
-            )
-        value /= 1000
-    raise AssertionError
 
 
 def command_line() -> str:

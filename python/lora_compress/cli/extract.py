@@ -8,73 +8,37 @@ from typing import Any
 import click
 
 from lora_compress.cli._console import PATH, command_line, common_options, print_json, print_table, progress, size, warn
+from lora_compress.cli._options import RANKS, TENSORS, choice_of, options
 
 
 @click.command(
     "extract",
     epilog="""\b
 Examples:
-  lora-compress extract llama-8b/ my-finetune/ -o adapter/ --rank 32
+  lora-compress extract llama-8b/ my-finetune/ -o adapter/
+  lora-compress extract llama-8b/ my-finetune/ -o adapter/ --budget 100MB --ranks-allowed 8x --max-rank 64
   lora-compress extract base/ tuned/ -o out/ --rank 16 --exclude 'embed_tokens|lm_head'
-  lora-compress extract base.safetensors tuned.safetensors -o out/ --rank 64 --json""",
+  lora-compress plan base/ tuned/ -o plan.json && lora-compress extract base/ tuned/ -o out/ --plan plan.json""",
 )
 @click.argument("base", type=PATH, required=False)
 @click.argument("tuned", type=PATH, required=False)
 @click.option("-o", "--out", "--out-path", "out", type=PATH, required=True, help="Directory to create.")
+@options(RANKS)
 @click.option(
-    "-r",
-    "--rank",
-    "--max-rank",
-    "rank",
-    type=click.IntRange(1),
-    required=True,
-    help="Rank of every matrix; smaller matrices get what they can use.",
+    "--plan", type=PATH, metavar="FILE", help="Follow a plan of `lora-compress plan`, tensors and dtype included."
+)
+@click.option(
+    "--scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="Multiply the adapter's ΔW by this, in its factors.",
 )
 @click.option("--decomposition", default="ab", show_default=True, help="See `lora-compress plugins list`.")
-@click.option("--format", "format_", default="peft", show_default=True, help="Format of the adapter.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["BF16", "F16", "F32"], case_sensitive=False),
-    default="BF16",
-    show_default=True,
-    help="Element type of the stored factors.",
-)
-@click.option(
-    "-i",
-    "--include",
-    "--include-regex",
-    "include",
-    multiple=True,
-    metavar="REGEX",
-    help="Only tensors whose name matches; repeatable.",
-)
-@click.option(
-    "-e",
-    "--exclude",
-    "--exclude-regex",
-    "exclude",
-    multiple=True,
-    metavar="REGEX",
-    help="Leave tensors out, they keep the base's values; repeatable.",
-)
-@click.option(
-    "--embedding",
-    "embeddings",
-    multiple=True,
-    metavar="REGEX",
-    help="Matrices that are embeddings although their name does not say so.",
-)
-@click.option("--skip-missing", is_flag=True, help="Go on when one side lacks tensors.")
-@click.option(
-    "--tied-head/--no-tied-head",
-    default=True,
-    help="Store a tied embedding's factors for the output head too.  [default: tied-head]",
-)
+@options(TENSORS)
 @click.option(
     "--base-name", metavar="NAME", help="What the adapter calls its base, such as a Hub id.  [default: BASE as given]"
-)
-@click.option(
-    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Same inputs and seed, same bytes."
 )
 @click.option(
     "--tolerance",
@@ -95,13 +59,15 @@ def command(
     base_option: Path | None,
     as_json: bool,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Extract an adapter that turns BASE into TUNED.
 
     BASE and TUNED are safetensors files, or directories with `model.safetensors` or a shard index. Every matrix becomes
-    a pair of factors of the given rank, the best pair there is; norms, biases and new vocabulary rows go to a side file
-    that `lora-compress merge` applies and servers ignore; unchanged tensors cost nothing.
+    a pair of factors, the best pair of its rank there is; how large the adapter has to be and which matrix gets which
+    rank is found from the spectra of ΔW (`lora-compress plan` shows them), unless it is given. Norms, biases and new
+    vocabulary rows go to a side file that `lora-compress merge` applies and servers ignore; unchanged tensors cost
+    nothing.
 
     The flags of mergekit-extract-lora mean the same here: --model, --base-model, --out-path, --max-rank, -i, -e.
     """
@@ -112,8 +78,9 @@ def command(
         raise click.UsageError("both BASE and TUNED are needed")
     from lora_compress.verbs.extract import extract
 
+    asked = choice_of(given)
     with progress(quiet=quiet or as_json) as bar:
-        result = extract(base, tuned, format=format_, command=command_line(), progress=bar, **options)
+        result = extract(base, tuned, format=format_, command=command_line(), progress=bar, **asked, **given)
     warn(result.warnings)
     if as_json:
         print_json(result.to_json())
@@ -127,5 +94,6 @@ def command(
         share = result.adapter_bytes / max(result.tuned_bytes, 1)
         click.echo(
             f"{result.out}: {size(result.adapter_bytes)} ({share:.2%} of the tuned model), "
-            f"relative error {result.error:.4f}, {result.seconds:.1f} s"
+            f"{result.choice.describe()}: ranks up to {result.rank}, relative error {result.error:.4f}, "
+            f"{result.seconds:.1f} s"
         )

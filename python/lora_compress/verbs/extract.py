@@ -1,36 +1,43 @@
 """`extract`: base and tuned checkpoints become an adapter.
 
-Every tensor is visited once. Equal bytes cost a comparison; a changed matrix becomes a delta, its factors are fitted by
-the chosen decomposition, lowered to (B, A), rounded to the adapter's dtype, and only then is their error measured: what
-is reported is the error of what is stored.
+Ranks are known before factors are found: given as one number, or planned from the spectra of all tensors. Then a
+changed matrix becomes a delta, its factors are fitted by the chosen decomposition, lowered to (B, A), scaled, rounded
+to the adapter's dtype, and only then is their error measured: what is reported is the error of what is stored.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_compress import plugins
-from lora_compress._native import Delta, Workspace, __version__, check_finite, energies, kernel, round_to, same_bytes
-from lora_compress.adapter import AdapterPlan, Format, PlannedFactors
+from lora_compress._native import Delta, Workspace, __version__, kernel, round_to
+from lora_compress.adapter import AdapterPlan, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
-from lora_compress.errors import SelectionError, TensorError
-from lora_compress.model import HEAD, WEIGHT, Model
+from lora_compress.errors import PlanError, SelectionError, TensorError
+from lora_compress.model import Model, last_component
+from lora_compress.ranks.choice import RankChoice, choose
+from lora_compress.ranks.file import read
+from lora_compress.ranks.plan import Plan
+from lora_compress.ranks.recognise import recognise
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
+from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, untouched
 from lora_compress.verbs.parallel import ordered_map
+from lora_compress.verbs.plan import check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.selection import FLOATS, Pair, Selection, Treatment, matching, refuse, select
+from lora_compress.verbs.selection import Pair, Treatment
 
 if TYPE_CHECKING:
-    from lora_compress.adapter import Float32Matrix
+    from lora_compress.adapter import AdapterWriter, Float32Matrix
 
-DTYPES = ("BF16", "F16", "F32")
 # Copied with the adapter when the vocabulary grew: the base's tokenizer does not know the new entries.
 TOKENIZER = ("added_tokens.json", "chat_template.*", "merges.txt", "special_tokens_map.json", "tokenizer*", "vocab.*")
 
@@ -40,7 +47,8 @@ class ExtractResult:
     """What `extract` did."""
 
     out: Path
-    rank: int
+    choice: RankChoice
+    scale: float
     decomposition: str
     format: str
     dtype: str
@@ -49,6 +57,11 @@ class ExtractResult:
     tuned_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any tensor."""
+        return max((tensor.rank for tensor in self.tensors), default=0)
 
     @property
     def error(self) -> float:
@@ -61,6 +74,8 @@ class ExtractResult:
             "schema_version": SCHEMA_VERSION,
             "out": str(self.out),
             "rank": self.rank,
+            "choice": self.choice.to_json(),
+            "scale": self.scale,
             "decomposition": self.decomposition,
             "format": self.format,
             "dtype": self.dtype,
@@ -78,7 +93,15 @@ def extract(
     tuned: str | Path,
     out: str | Path,
     *,
-    rank: int,
+    rank: int | str | None = None,
+    budget: int | str | None = None,
+    error: float | None = None,
+    plan: str | Path | Plan | None = None,
+    weights: str | None = None,
+    ranks_allowed: str | Sequence[int] | None = None,
+    max_rank: int | None = None,
+    layout: str = "peft",
+    scale: float = 1.0,
     decomposition: str = "ab",
     format: str = "peft",  # noqa: A002 (the name of the option everywhere)
     dtype: str = "BF16",
@@ -100,7 +123,16 @@ def extract(
     ----------
     base, tuned: safetensors files, or directories with `model.safetensors` or a shard index.
     out: directory to create.
-    rank: rank of every matrix; smaller ones, and deltas of lower rank, get what they can use.
+    rank: a number for every matrix (smaller ones, and deltas of lower rank, get what they can use); "auto", the
+        default; or a rule for each matrix such as "energy=0.9" (`lora_compress.ranks.choice` lists them).
+    budget: size of the whole adapter instead, in bytes or as "50MB".
+    error: ‖ΔW − stored‖ / ‖ΔW‖ over all tensors instead.
+    plan: a plan, or the file of one, to follow instead; it also says which tensors and what dtype.
+    weights: what a tensor's error is worth to a budget, an error or "auto" (`lora_compress.ranks.weights`).
+    ranks_allowed: the ranks that may be used: numbers, "8,16,32", "vllm", or "8x" for multiples of 8.
+    max_rank: no rank above this; alone, it is the rank.
+    layout: "peft" (a rank for every tensor), or "uniform" (all padded to one, for servers that know no other).
+    scale: the adapter's ΔW is multiplied by this, in its factors.
     decomposition, format: names of registered plugins.
     dtype: element type of the stored factors, "BF16", "F16" or "F32".
     include, exclude: regular expressions searched in tensor names; excluded tensors keep the base's values.
@@ -116,206 +148,184 @@ def extract(
 
     Raises
     ------
-    SelectionError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError; `ValueError` for options out
-    of range. Nothing is left behind.
+    SelectionError, TensorError, CheckpointError, PlanError, PluginError, OutputExistsError, OSError; `ValueError` for
+    options out of range. Nothing is left behind.
     """
     started = time.perf_counter()
-    include, exclude, embeddings = (((p,) if isinstance(p, str) else p) for p in (include, exclude, embeddings))
-    if rank < 1 or dtype not in DTYPES or not 0 < tolerance < float("inf"):
-        raise ValueError(f"rank ({rank}) and tolerance ({tolerance}) must be positive, dtype ({dtype}) one of {DTYPES}")
+    if not 0 < tolerance < float("inf") or not 0 < abs(scale) < float("inf"):
+        raise ValueError(f"tolerance ({tolerance}) must be positive, scale ({scale}) must not be 0")
+    asked = {"rank": rank, "budget": budget, "error": error, "weights": weights, "ranks_allowed": ranks_allowed}
+    choice = choose(**asked, max_rank=max_rank, layout=layout)  # type: ignore[arg-type]
+    options = Options(
+        tuple((include,) if isinstance(include, str) else include),
+        tuple((exclude,) if isinstance(exclude, str) else exclude),
+        tuple((embeddings,) if isinstance(embeddings, str) else embeddings),
+        skip_missing,
+        tied_head,
+        format,
+        dtype,
+        seed,
+    )
+    if plan is not None:
+        if choice != RankChoice() or options != Options():
+            raise PlanError("a plan already says which tensors, ranks and dtype: plan again to change them")
+        plan = plan if isinstance(plan, Plan) else read(Path(plan))
+        choice, options = plan.choice, Options.from_json(plan.options)
     out = Path(out)
     output.check(out, force=force, inputs=(Path(base), Path(tuned)))
-    base_model, tuned_model = Model.open(base), Model.open(tuned)
     host = plugins.load()
-    method, target = host.decompositions[decomposition], host.formats[format]
-    selection = select(base_model, tuned_model, include=include, exclude=exclude, skip_missing=skip_missing)
+    method, target = host.decompositions[decomposition], host.formats[options.format]
     progress = progress or Silent()
-    pairs = _compare(base_model, tuned_model, selection.pairs, progress)
-    pairs, warnings = _assign(base_model, target, pairs)
-    low_rank = [pair for pair in pairs if pair.treatment is Treatment.LOW_RANK]
-    tied = base_model.tied_embedding() if tied_head else None
-    if any(name.endswith(HEAD + WEIGHT) for name in selection.missing):
-        tied = None  # Tuned has a head of its own: the embedding's factors are not the head's.
-    plan = AdapterPlan(
-        base=base_model,
+    changes = find_changes(base, tuned, target, options, progress)
+    if plan is not None:
+        check_made_for(plan, changes)
+    elif choice.fixed is None:
+        plan = plan_changes(changes, choice, options, base=str(base), tuned=str(tuned), progress=progress)
+    ranks = _ranks(changes, plan, choice)
+    adapter_plan = AdapterPlan(
+        base=changes.base,
         base_name=base_name or str(base),
-        dtype=dtype,
-        factors=[_planned(pair, rank) for pair in low_rank],
-        tied_embedding=tied if any(pair.name == tied for pair in low_rank) else None,
-        embeddings=frozenset(matching("--embedding", embeddings, [pair.name for pair in low_rank])),
+        dtype=options.dtype,
+        factors=[
+            PlannedFactors(pair.name, pair.base.shape[0], pair.base.shape[1], ranks[pair.name])
+            for pair in changes.pairs
+            if ranks.get(pair.name)
+        ],
+        tied_embedding=changes.tied_embedding if ranks.get(changes.tied_embedding or "") else None,
+        embeddings=changes.embeddings,
     )
-    settings = {
-        "rank": rank,
-        "decomposition": method.name,
-        "format": target.name,
-        "dtype": dtype,
-        "seed": seed,
-        "tolerance": tolerance,
-        "kernel": kernel(),
-    }
+    job = partial(_decompose, changes, method, host.decompositions.origin(method.name), ranks, options, choice, scale)
+    job = partial(job, tolerance=tolerance, workspace=Workspace())
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
-        writer = target.writer(partial_out, plan)
+        with plugins.blame(host.formats.origin(target.name), "failed to begin an adapter"):
+            writer = target.writer(partial_out, adapter_plan)
         accounts = []
-        changed = [pair for pair in pairs if pair.treatment is not Treatment.UNCHANGED]
-        progress.begin("extracting", sum(pair.tuned.nbytes for pair in changed), len(changed))
-        job = partial(_decompose, base_model, tuned_model, method, host.decompositions.origin(method.name), rank, dtype)
-        job = partial(job, seed=seed, tolerance=tolerance, workspace=Workspace())
-        announce = partial(_announce, base_model, tuned_model)
-        for pair, (account, factors) in ordered_map(job, changed, lambda pair: pair.elements, announce):
+        progress.begin("extracting", sum(pair.tuned.nbytes for pair in changes.changed), len(changes.changed))
+        for pair, (account, factors) in ordered_map(job, changes.changed, lambda pair: pair.elements, changes.announce):
             if factors is not None:
                 with plugins.blame(host.formats.origin(target.name), f"failed to write `{pair.name}`"):
                     account = replace(account, nbytes=account.nbytes + writer.write(pair.name, *factors))
             accounts.append(account)
             progress.advance(pair.tuned.nbytes, 1, pair.name)
-        accounts += _untouched(base_model, tuned_model, selection, pairs)
+        accounts += _pad_unchanged(writer, changes, ranks)
         accounts.sort(key=lambda account: account.name)
         if not any(account.nbytes for account in accounts):
-            raise SelectionError(f"`{tuned}` does not differ from `{base}` in any tensor that is not excluded")
-        side_file.write_exact(partial_out, tuned_model.checkpoint, changed)
+            raise SelectionError(_nothing(changes, accounts))
+        side_file.write_exact(partial_out, changes.tuned.checkpoint, changes.changed)
         if any(account.new_rows for account in accounts):
-            _copy_tokenizer(tuned_model, partial_out)
+            _copy_tokenizer(changes.tuned, partial_out)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "version": __version__,
-            "base": plan.base_name,
+            "base": adapter_plan.base_name,
             "tuned": str(tuned),
-            "command": command or f"lora_compress.extract(rank={rank})",
-            "causal_lm": base_model.architecture.endswith("ForCausalLM"),
-            **settings,
+            "command": command or f"lora_compress.extract({choice.describe()})",
+            "causal_lm": changes.base.architecture.endswith("ForCausalLM"),
+            "rank": max(ranks.values(), default=0),
+            "choice": choice.to_json(),
+            "scale": scale,
+            "decomposition": method.name,
+            "format": target.name,
+            "dtype": options.dtype,
+            "seed": options.seed,
+            "tolerance": tolerance,
+            "kernel": kernel(),
             "totals": totals_json(accounts),
             "tensors": [account.to_json() for account in accounts],
         }
         side_file.write_manifest(partial_out, manifest)
         writer.finish(manifest)
         adapter_bytes = sum(path.stat().st_size for path in partial_out.rglob("*.safetensors"))
-    tuned_bytes = sum(tensor.nbytes for tensor in tuned_model.checkpoint.tensors())
-    seconds = time.perf_counter() - started
     return ExtractResult(
         out,
-        rank,
+        choice,
+        scale,
         method.name,
         target.name,
-        dtype,
+        options.dtype,
         tuple(accounts),
         adapter_bytes,
-        tuned_bytes,
-        seconds,
-        tuple(warnings),
+        sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
+        time.perf_counter() - started,
+        (*changes.warnings, *(recognise(plan).warnings if plan is not None else ())),
     )
 
 
-def _compare(base: Model, tuned: Model, pairs: Sequence[Pair], progress: Progress) -> list[Pair]:
-    """Mark the pairs whose bytes are equal as unchanged; refuse changed ones that have no treatment."""
-    progress.begin("comparing", sum(pair.tuned.nbytes for pair in pairs), len(pairs))
-    compared = []
-
-    def job(pair: Pair) -> bool:
-        return same_bytes(base.checkpoint, tuned.checkpoint, pair.name)
-
-    for pair, same in ordered_map(job, pairs, lambda _: 1):
-        if same:
-            compared.append(replace(pair, treatment=Treatment.UNCHANGED))
-        elif pair.treatment is Treatment.UNCHANGED:
-            raise refuse(pair)
-        else:
-            compared.append(pair)
-        progress.advance(pair.tuned.nbytes, 1, pair.name)
-    return compared
-
-
-def _assign(base: Model, target: Format, pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
-    """Turn low-rank into exact where the format has no name for the factors."""
-    candidates = [pair.name for pair in pairs if pair.treatment is Treatment.LOW_RANK and pair.elements]
-    carried = target.carries(base, candidates)
-    assigned, warnings = [], []
-    for pair in pairs:
-        if pair.treatment is Treatment.LOW_RANK and pair.name not in carried:
-            pair = replace(pair, treatment=Treatment.EXACT)
-            warnings.append(f"`{pair.name}` is stored whole: the format `{target.name}` has no name for its factors")
-        elif pair.treatment is Treatment.EXACT and len(pair.base.shape) > 2:
-            warnings.append(f"`{pair.name}` is stored whole: {len(pair.base.shape)}-D weights are not decomposed yet")
-        assigned.append(pair)
-    return assigned, warnings
+def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str, int]:
+    """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
+    if plan is not None:
+        ranks = dict(plan.ranks)
+    else:
+        fixed = choice.fixed or 0
+        limit = 2**31 if choice.layout == "uniform" else None
+        ranks = {pair.name: min(fixed, limit or min(pair.base.shape)) for pair in changes.low_rank}
+    if choice.layout == "uniform":
+        # Some servers drop a whole kind of module when one layer lacks it.
+        rank, kinds = max(ranks.values(), default=0), {last_component(name) for name in ranks}
+        unchanged = [pair.name for pair in changes.pairs if pair.treatment is Treatment.UNCHANGED and pair.is_matrix]
+        ranks = dict.fromkeys(ranks, rank) | {name: rank for name in unchanged if last_component(name) in kinds}
+    return ranks
 
 
 def _decompose(
-    base: Model,
-    tuned: Model,
+    changes: Changes,
     method: Decomposition,
     origin: str,
-    rank: int,
-    dtype: str,
+    ranks: Mapping[str, int],
+    options: Options,
+    choice: RankChoice,
+    scale: float,
     pair: Pair,
     *,
-    seed: int,
     tolerance: float,
     workspace: Workspace,
 ) -> tuple[TensorAccount, tuple[Float32Matrix, Float32Matrix] | None]:
     """Account and stored factors of one changed pair. Runs in a thread."""
-    account = _account(pair)
-    stored = pair.tuned.nbytes if pair.treatment is Treatment.EXACT else _row_bytes(pair) * pair.new_rows
-    if pair.base.dtype not in FLOATS or pair.tuned.dtype not in FLOATS:
-        unknown = None if pair.treatment is not Treatment.EXACT else 0.0
-        stored = stored if pair.treatment is Treatment.EXACT else 0
-        return replace(account, nbytes=stored, delta_energy=None, base_energy=None, error_energy=unknown), None
-    if pair.treatment is Treatment.EXCLUDED:
-        return _excluded(base, tuned, pair, account), None
-    if pair.new_rows:
-        check_finite(tuned.checkpoint, pair.name, pair.base.shape[0])
-    if pair.treatment is Treatment.EXACT:
-        energy, base_energy = energies(base.checkpoint, tuned.checkpoint, pair.name)
-        return replace(account, delta_energy=energy, base_energy=base_energy, nbytes=stored), None
-    delta = Delta(base.checkpoint, tuned.checkpoint, pair.name, workspace)
+    account = account_of(changes, pair)
+    if pair.treatment is not Treatment.LOW_RANK:
+        return account, None
+    delta = Delta(changes.base.checkpoint, changes.tuned.checkpoint, pair.name, workspace)
     account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
-    if delta.energy == 0.0:
-        # Without energy but with other bytes: zeros of another sign, or new rows only. Nothing to decompose.
-        return replace(account, nbytes=stored), None
+    rank = ranks.get(pair.name, 0)
+    if delta.energy == 0.0 or rank == 0:
+        # Without energy but with other bytes: zeros of another sign, or new rows only. Or not worth a direction.
+        factors = _padded(np.zeros((delta.shape[0], 0)), np.zeros((0, delta.shape[1])), rank) if rank else None
+        return replace(account, error_energy=delta.energy), factors if choice.layout == "uniform" else None
     with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
-        b, a = method.lower(method.fit(delta, min(rank, *delta.shape), seed=seed, tolerance=tolerance))
-        b, a = round_to(b, dtype), round_to(a, dtype)
+        b, a = method.lower(method.fit(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
+        if scale != 1.0:
+            b = b * np.float32(scale)
+        b, a = round_to(b, options.dtype), round_to(a, options.dtype)
         error = delta.residual_energy(b, a)
     if not error < float("inf"):
-        raise TensorError(f"`{pair.name}`: its factors overflow {dtype}; use --dtype F32")
-    return replace(account, rank=b.shape[1], error_energy=error, nbytes=stored), (b, a)
+        raise TensorError(f"`{pair.name}`: its factors overflow {options.dtype}; use --dtype F32")
+    account = replace(account, rank=b.shape[1], error_energy=error)
+    return account, _padded(b, a, rank) if choice.layout == "uniform" else (b, a)
 
 
-def _announce(base: Model, tuned: Model, pair: Pair) -> None:
-    """Let the disk read a pair while another is computed."""
-    for model in (base, tuned):
-        model.checkpoint.announce(pair.name)
+def _padded(b: Any, a: Any, rank: int) -> tuple[Float32Matrix, Float32Matrix]:
+    """Factors with directions of zeros up to `rank`."""
+    missing = max(rank - b.shape[1], 0)
+    padded = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+    return padded[0].astype(np.float32), padded[1].astype(np.float32)
 
 
-def _excluded(base: Model, tuned: Model, pair: Pair, account: TensorAccount) -> TensorAccount:
-    """What an excluded tensor leaves out; unknown where its values or shapes allow no difference."""
-    try:
-        energy, base_energy = energies(base.checkpoint, tuned.checkpoint, pair.name)
-    except TensorError:
-        return replace(account, delta_energy=None, base_energy=None, error_energy=None)
-    return replace(account, delta_energy=energy, base_energy=base_energy, error_energy=energy)
-
-
-def _untouched(base: Model, tuned: Model, selection: Selection, pairs: Sequence[Pair]) -> list[TensorAccount]:
-    """Accounts of the tensors that were not compared, or compared equal."""
-    accounts = [_account(pair) for pair in pairs if pair.treatment is Treatment.UNCHANGED]
-    for treatment, names in ((Treatment.MISSING, selection.missing), (Treatment.TIED, selection.tied_copies)):
-        for name in names:
-            info = (base if name in base.checkpoint else tuned).checkpoint.info(name)
-            accounts.append(TensorAccount(name, info.dtype, tuple(info.shape), treatment))
+def _pad_unchanged(writer: AdapterWriter, changes: Changes, ranks: Mapping[str, int]) -> list[TensorAccount]:
+    """Accounts of the tensors that did not change; those that have a rank get factors of zeros."""
+    accounts = []
+    for account in untouched(changes):
+        if ranks.get(account.name) and account.treatment is Treatment.UNCHANGED:
+            zeros = _padded(np.zeros((account.shape[0], 0)), np.zeros((0, account.shape[1])), ranks[account.name])
+            account = replace(account, nbytes=writer.write(account.name, *zeros))
+        accounts.append(account)
     return accounts
 
 
-def _account(pair: Pair) -> TensorAccount:
-    rows = pair.new_rows if pair.treatment in {Treatment.LOW_RANK, Treatment.EXACT} else 0
-    return TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment, new_rows=rows)
-
-
-def _planned(pair: Pair, rank: int) -> PlannedFactors:
-    rows, cols = pair.base.shape
-    return PlannedFactors(pair.name, rows, cols, min(rank, rows, cols))
-
-
-def _row_bytes(pair: Pair) -> int:
-    return pair.tuned.nbytes // pair.tuned.shape[0] if pair.tuned.shape and pair.tuned.shape[0] else 0
+def _nothing(changes: Changes, accounts: Sequence[TensorAccount]) -> str:
+    """Why there is nothing to store."""
+    if any(account.delta_energy for account in accounts if account.treatment is Treatment.LOW_RANK):
+        return "no direction of any ΔW is worth storing under this choice of ranks: allow more, or give --rank a number"
+    return f"`{changes.tuned.path}` does not differ from `{changes.base.path}` in any tensor that is not excluded"
 
 
 def _copy_tokenizer(tuned: Model, out: Path) -> None:

@@ -47,6 +47,11 @@ class Pair:
         return max(self.tuned.shape[0] - self.base.shape[0], 0)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of a float dtype on both sides."""
+        return len(self.base.shape) == 2 and {self.base.dtype, self.tuned.dtype} <= FLOATS
+
+    @property
     def elements(self) -> int:
         """Elements of the base's tensor."""
         size = 1

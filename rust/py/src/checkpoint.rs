@@ -159,3 +159,10 @@ impl Checkpoint {
         Ok(PyBytes::new(py, &bytes))
     }
 }
+
+/// SHA-256, in hexadecimal, over names, dtypes, shapes and some bytes of every tensor: tells models apart without reading all of
+/// them. Does not depend on shards. An edit of single elements can escape it.
+#[pyfunction]
+pub fn fingerprint(py: Python<'_>, checkpoint: &Checkpoint) -> PyResult<String> {
+    gate::run_here(py, || core::fingerprint(&checkpoint.inner))
+}

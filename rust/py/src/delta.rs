@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use crate::checkpoint::Checkpoint;
 use crate::error::to_python;
 use crate::gate;
+use crate::rank::Spectrum;
 
 type Svd<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray1<f64>>, Bound<'py, PyArray2<f32>>);
 
@@ -90,6 +91,12 @@ impl Delta {
         self.inner.base_energy()
     }
 
+    /// Energy that rounding to tuned's dtype has added to Δ: Σ spacing²/12 over the elements that changed.
+    #[getter]
+    fn rounding_energy(&self) -> f64 {
+        self.inner.rounding_energy()
+    }
+
     /// Leading singular triplets Δ ≈ U·diag(σ)·Vᵀ: U float32 (rows, r), σ float64 (r,), Vᵀ float32 (r, cols).
     ///
     /// r is `rank`, or less when fewer singular values differ from zero; with `error` instead, as many as bring the error down
@@ -104,17 +111,24 @@ impl Delta {
         seed: u64,
         tolerance: f64,
     ) -> PyResult<Svd<'py>> {
-        let target = match (rank, error) {
-            (Some(rank), None) if rank > 0 => core::Target::Rank(rank),
-            (None, Some(error)) if error > 0.0 && error < 1.0 => core::Target::Error(error),
-            _ => return Err(PyValueError::new_err("give a positive rank, or an error between 0 and 1")),
-        };
-        if !(tolerance > 0.0 && tolerance.is_finite()) {
-            return Err(PyValueError::new_err("tolerance must be positive"));
-        }
-        let options = core::SvdOptions { target, tolerance, seed: core::tensor_seed(seed, &self.name) };
+        let options = self.options(rank, error, seed, tolerance)?;
         let svd = gate::run(py, || core::truncated_svd(&self.inner, options))?;
         Ok((array(py, svd.u)?, svd.sigma.into_pyarray(py), array(py, svd.vt)?))
+    }
+
+    /// The singular values of `truncated_svd`, with the energies of Δ, as a `Spectrum`.
+    #[pyo3(signature = (rank=None, *, error=None, seed=0, tolerance=1e-4))]
+    fn spectrum(
+        &self,
+        py: Python<'_>,
+        rank: Option<usize>,
+        error: Option<f64>,
+        seed: u64,
+        tolerance: f64,
+    ) -> PyResult<Spectrum> {
+        let options = self.options(rank, error, seed, tolerance)?;
+        let sigma = gate::run(py, || core::singular_values(&self.inner, options))?;
+        Spectrum::of(&self.inner, sigma)
     }
 
     /// ‖Δ − b·a‖²; b float32 (rows, r), a float32 (r, cols). From the residual itself, formed from the files, or from a product
@@ -157,6 +171,26 @@ impl Delta {
 
     fn __repr__(&self) -> String {
         format!("Delta({:?}, shape={:?})", self.name, self.shape())
+    }
+}
+
+impl Delta {
+    fn options(
+        &self,
+        rank: Option<usize>,
+        error: Option<f64>,
+        seed: u64,
+        tolerance: f64,
+    ) -> PyResult<core::SvdOptions> {
+        let target = match (rank, error) {
+            (Some(rank), None) if rank > 0 => core::Target::Rank(rank),
+            (None, Some(error)) if error > 0.0 && error < 1.0 => core::Target::Error(error),
+            _ => return Err(PyValueError::new_err("give a positive rank, or an error between 0 and 1")),
+        };
+        if !(tolerance > 0.0 && tolerance.is_finite()) {
+            return Err(PyValueError::new_err("tolerance must be positive"));
+        }
+        Ok(core::SvdOptions { target, tolerance, seed: core::tensor_seed(seed, &self.name) })
     }
 }
 

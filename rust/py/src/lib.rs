@@ -1,6 +1,6 @@
 //! The compiled half of `lora_compress`: converts, releases the GIL, calls the core, converts back. No logic lives here.
 //!
-//! One file per noun of the core: `checkpoint`, `delta`, `kernel`, `writer`, `merge`; `gate` is the only way into long work, `error`
+//! One file per noun of the core: `checkpoint`, `delta`, `rank`, `kernel`, `writer`, `merge`; `gate` is the only way into long work, `error`
 //! the only way out of a failure.
 
 use pyo3::prelude::*;
@@ -11,6 +11,7 @@ mod error;
 mod gate;
 mod kernel;
 mod merge;
+mod rank;
 mod writer;
 
 /// Keeps memory that is freed for what comes next: the system's allocator returns arrays of megabytes to the kernel, and every
@@ -25,11 +26,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<checkpoint::TensorInfo>()?;
     module.add_class::<delta::Delta>()?;
     module.add_class::<delta::Workspace>()?;
+    module.add_class::<rank::Spectrum>()?;
+    module.add_class::<rank::Allocation>()?;
     module.add_class::<writer::Writer>()?;
     module.add_class::<merge::LowRank>()?;
     module.add_class::<merge::Update>()?;
     module.add_class::<merge::Comparison>()?;
     module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
+    module.add_function(wrap_pyfunction!(checkpoint::fingerprint, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(delta::energies, module)?)?;

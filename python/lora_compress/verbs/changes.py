@@ -1,0 +1,202 @@
+"""What tuned changed of base, and how each change will be carried: the common beginning of `plan` and `extract`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_compress._native import check_finite, energies, same_bytes
+from lora_compress.adapter import Format
+from lora_compress.errors import PlanError, TensorError
+from lora_compress.model import HEAD, WEIGHT, Model
+from lora_compress.verbs.account import TensorAccount
+from lora_compress.verbs.parallel import ordered_map
+from lora_compress.verbs.progress import Progress
+from lora_compress.verbs.selection import FLOATS, Pair, Selection, Treatment, matching, refuse, select
+
+DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which tensors are looked at and how they are stored: what has to be the same for a plan and the extraction after
+    it.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    skip_missing: bool = False
+    tied_head: bool = True
+    format: str = "peft"
+    dtype: str = "BF16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "embeddings"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype ({self.dtype}) must be one of {tuple(DTYPES)}")
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Options:
+        """As read from a plan. Raises `PlanError`."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        try:
+            options = cls(**values)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan's options are malformed: {error}") from error
+        if [type(value) for value in vars(options).values()] != [type(value) for value in vars(cls()).values()]:
+            raise PlanError("the plan's options are malformed")
+        return options
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in plans."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Both models, and every tensor with its treatment."""
+
+    base: Model
+    tuned: Model
+    selection: Selection
+    pairs: tuple[Pair, ...]
+    warnings: tuple[str, ...]
+    # The embedding whose factors serve the output head too.
+    tied_embedding: str | None
+    embeddings: frozenset[str] = field(default=frozenset())
+
+    @property
+    def changed(self) -> list[Pair]:
+        """Pairs whose bytes differ."""
+        return [pair for pair in self.pairs if pair.treatment is not Treatment.UNCHANGED]
+
+    @property
+    def low_rank(self) -> list[Pair]:
+        """Pairs that factors will be found for."""
+        return [pair for pair in self.pairs if pair.treatment is Treatment.LOW_RANK]
+
+    def unit(self, pair: Pair, dtype: str) -> int:
+        """Bytes that one more rank of a matrix takes in an adapter."""
+        copies = 2 if pair.name == self.tied_embedding else 1
+        return sum(pair.base.shape) * DTYPES[dtype] * copies
+
+    def announce(self, pair: Pair) -> None:
+        """Let the disk read a pair while another is computed."""
+        for model in (self.base, self.tuned):
+            model.checkpoint.announce(pair.name)
+
+
+def find_changes(base: str | Path, tuned: str | Path, target: Format, options: Options, progress: Progress) -> Changes:
+    """Open both models, pair their tensors, compare bytes, and settle every treatment. Raises as `extract` does."""
+    base_model, tuned_model = Model.open(base), Model.open(tuned)
+    selection = select(
+        base_model,
+        tuned_model,
+        include=options.include,
+        exclude=options.exclude,
+        skip_missing=options.skip_missing,
+    )
+    pairs = _compare(base_model, tuned_model, selection.pairs, progress)
+    pairs, warnings = _assign(base_model, target, pairs)
+    low_rank = {pair.name for pair in pairs if pair.treatment is Treatment.LOW_RANK}
+    tied = base_model.tied_embedding() if options.tied_head else None
+    if any(name.endswith(HEAD + WEIGHT) for name in selection.missing):
+        tied = None  # Tuned has a head of its own: the embedding's factors are not the head's.
+    return Changes(
+        base_model,
+        tuned_model,
+        selection,
+        tuple(pairs),
+        tuple(warnings),
+        tied if tied in low_rank else None,
+        frozenset(matching("--embedding", options.embeddings, sorted(low_rank))),
+    )
+
+
+def account_of(changes: Changes, pair: Pair) -> TensorAccount:
+    """The account of one changed pair before factors are found; of a matrix to decompose without its energies.
+
+    Raises `TensorError` for values that are not finite.
+    """
+    rows = pair.new_rows if pair.treatment in {Treatment.LOW_RANK, Treatment.EXACT} else 0
+    account = TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment, new_rows=rows)
+    base, tuned = changes.base.checkpoint, changes.tuned.checkpoint
+    stored = pair.tuned.nbytes if pair.treatment is Treatment.EXACT else _row_bytes(pair) * rows
+    if pair.base.dtype not in FLOATS or pair.tuned.dtype not in FLOATS:
+        unknown = None if pair.treatment is not Treatment.EXACT else 0.0
+        return replace(account, nbytes=stored, delta_energy=None, base_energy=None, error_energy=unknown)
+    if pair.treatment is Treatment.EXCLUDED:
+        try:
+            energy, base_energy = energies(base, tuned, pair.name)
+        except TensorError:
+            # Values or shapes that allow no difference: unknown.
+            return replace(account, delta_energy=None, base_energy=None, error_energy=None)
+        return replace(account, delta_energy=energy, base_energy=base_energy, error_energy=energy)
+    if pair.new_rows:
+        check_finite(tuned, pair.name, pair.base.shape[0])
+    if pair.treatment is Treatment.EXACT:
+        energy, base_energy = energies(base, tuned, pair.name)
+        return replace(account, delta_energy=energy, base_energy=base_energy, nbytes=stored)
+    return replace(account, nbytes=stored)
+
+
+def untouched(changes: Changes) -> list[TensorAccount]:
+    """Accounts of the tensors that were not compared, or compared equal."""
+    accounts = [
+        TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment)
+        for pair in changes.pairs
+        if pair.treatment is Treatment.UNCHANGED
+    ]
+    selection = changes.selection
+    for treatment, names in ((Treatment.MISSING, selection.missing), (Treatment.TIED, selection.tied_copies)):
+        for name in names:
+            holder = changes.base if name in changes.base.checkpoint else changes.tuned
+            info = holder.checkpoint.info(name)
+            accounts.append(TensorAccount(name, info.dtype, tuple(info.shape), treatment))
+    return accounts
+
+
+def _row_bytes(pair: Pair) -> int:
+    return pair.tuned.nbytes // pair.tuned.shape[0] if pair.tuned.shape and pair.tuned.shape[0] else 0
+
+
+def _compare(base: Model, tuned: Model, pairs: Sequence[Pair], progress: Progress) -> list[Pair]:
+    """Mark the pairs whose bytes are equal as unchanged; refuse changed ones that have no treatment."""
+    progress.begin("comparing", sum(pair.tuned.nbytes for pair in pairs), len(pairs))
+    compared = []
+
+    def job(pair: Pair) -> bool:
+        return same_bytes(base.checkpoint, tuned.checkpoint, pair.name)
+
+    for pair, same in ordered_map(job, pairs, lambda _: 1):
+        if same:
+            compared.append(replace(pair, treatment=Treatment.UNCHANGED))
+        elif pair.treatment is Treatment.UNCHANGED:
+            raise refuse(pair)
+        else:
+            compared.append(pair)
+        progress.advance(pair.tuned.nbytes, 1, pair.name)
+    return compared
+
+
+def _assign(base: Model, target: Format, pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
+    """Turn low-rank into exact where the format has no name for the factors."""
+    candidates = [pair.name for pair in pairs if pair.treatment is Treatment.LOW_RANK and pair.elements]
+    carried = target.carries(base, candidates)
+    assigned, warnings = [], []
+    for pair in pairs:
+        if pair.treatment is Treatment.LOW_RANK and pair.name not in carried:
+            pair = replace(pair, treatment=Treatment.EXACT)
+            warnings.append(f"`{pair.name}` is stored whole: the format `{target.name}` has no name for its factors")
+        elif pair.treatment is Treatment.EXACT and len(pair.base.shape) > 2:
+            warnings.append(f"`{pair.name}` is stored whole: {len(pair.base.shape)}-D weights are not decomposed yet")
+        assigned.append(pair)
+    return assigned, warnings

@@ -1,0 +1,198 @@
+"""`plan`: spectra of every changed matrix, and the ranks, sizes and errors that follow. Writes nothing but a plan.
+
+Every matrix is visited once and its leading singular values are found, up to a bound. Where a rank turns out to depend
+on more of them, those matrices alone are visited again with twice the bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from lora_compress import plugins
+from lora_compress._native import Delta, Spectrum, Workspace, fingerprint
+from lora_compress.errors import PlanError, SelectionError
+from lora_compress.ranks.choice import RankChoice, choose
+from lora_compress.ranks.plan import Plan, TensorPlan
+from lora_compress.verbs.account import TensorAccount
+from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, untouched
+from lora_compress.verbs.parallel import ordered_map
+from lora_compress.verbs.progress import Progress, Silent
+from lora_compress.verbs.selection import Pair, Treatment
+
+# σ are needed to a few digits; energies to the tolerance of the factors are found when factors are.
+TOLERANCE = 1e-3
+
+
+def plan(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | str | None = None,
+    budget: int | str | None = None,
+    error: float | None = None,
+    weights: str | None = None,
+    ranks_allowed: str | Sequence[int] | None = None,
+    max_rank: int | None = None,
+    layout: str = "peft",
+    bound: int | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan the extraction of an adapter.
+
+    Parameters
+    ----------
+    base, tuned: as for `extract`.
+    rank, budget, error, weights, ranks_allowed, max_rank, layout: as for `extract`.
+    bound: how many singular values to find in each matrix at first; more are found where ranks depend on them.
+    options: which tensors are looked at and how they would be stored.
+    progress: receives progress reports.
+
+    Raises as `extract` does.
+    """
+    choice = choose(
+        rank=rank,
+        budget=budget,
+        error=error,
+        weights=weights,
+        ranks_allowed=ranks_allowed,
+        max_rank=max_rank,
+        layout=layout,
+    )
+    options = options or Options()
+    progress = progress or Silent()
+    target = plugins.load().formats[options.format]
+    changes = find_changes(base, tuned, target, options, progress)
+    return plan_changes(changes, choice, options, bound=bound, progress=progress, base=str(base), tuned=str(tuned))
+
+
+def plan_changes(
+    changes: Changes,
+    choice: RankChoice,
+    options: Options,
+    *,
+    base: str,
+    tuned: str,
+    bound: int | None = None,
+    progress: Progress,
+) -> Plan:
+    """As `plan`, for changes that have been found."""
+    started = time.perf_counter()
+    measured = _measure(changes, changes.changed, {}, choice, options, bound, progress)
+    while True:
+        result = Plan(
+            base,
+            tuned,
+            {"base": fingerprint(changes.base.checkpoint), "tuned": fingerprint(changes.tuned.checkpoint)},
+            options.to_json(),
+            choice,
+            _tensors(changes, measured, options),
+            sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
+            time.perf_counter() - started,
+            changes.warnings,
+        ).choose(choice)
+        again = [pair for pair in changes.changed if pair.name in result.unsettled]
+        if not again:
+            return result
+        known = {tensor.name: len(tensor.spectrum.sigma) for tensor in result.low_rank if tensor.spectrum is not None}
+        measured |= _measure(
+            changes, again, {name: 2 * count for name, count in known.items()}, choice, options, None, progress
+        )
+
+
+def check_made_for(plan: Plan, changes: Changes) -> None:
+    """Raise `PlanError` for a plan of other models than these, or of what they were before they changed."""
+    for side, model, name in (("base", changes.base, plan.base), ("tuned", changes.tuned, plan.tuned)):
+        if fingerprint(model.checkpoint) != plan.fingerprints[side]:
+            raise PlanError(
+                f"the plan was made for another {side} model than `{model.path}` (it says `{name}`), or that has "
+                "changed since: plan again"
+            )
+    planned = {tensor.name for tensor in plan.tensors}
+    lacking = [pair.name for pair in changes.low_rank if pair.name not in planned]
+    if lacking:
+        raise PlanError(f"the plan says nothing of `{lacking[0]}`: plan again")
+
+
+Measured = dict[str, tuple[TensorAccount, Spectrum | None]]
+
+
+def _measure(
+    changes: Changes,
+    pairs: Sequence[Pair],
+    bounds: Mapping[str, int],
+    choice: RankChoice,
+    options: Options,
+    bound: int | None,
+    progress: Progress,
+) -> Measured:
+    """Account and spectrum of every pair."""
+    progress.begin("reading spectra", sum(pair.tuned.nbytes for pair in pairs), len(pairs))
+    job = partial(_spectrum, changes, bounds, choice, options, bound, Workspace())
+    measured: Measured = {}
+    for pair, result in ordered_map(job, pairs, lambda pair: pair.elements, changes.announce):
+        measured[pair.name] = result
+        progress.advance(pair.tuned.nbytes, 1, pair.name)
+    return measured
+
+
+def _spectrum(
+    changes: Changes,
+    bounds: Mapping[str, int],
+    choice: RankChoice,
+    options: Options,
+    bound: int | None,
+    workspace: Workspace,
+    pair: Pair,
+) -> tuple[TensorAccount, Spectrum | None]:
+    """Runs in a thread."""
+    account = account_of(changes, pair)
+    if pair.treatment is not Treatment.LOW_RANK:
+        return account, None
+    delta = Delta(changes.base.checkpoint, changes.tuned.checkpoint, pair.name, workspace)
+    account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
+    if delta.energy == 0.0:
+        return account, None
+    count = min(bounds.get(pair.name) or bound or _first_bound(choice, delta.shape), *delta.shape)
+    return account, delta.spectrum(count, seed=options.seed, tolerance=TOLERANCE)
+
+
+def _first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
+    """How many σ are probably enough.
+
+    The directions that stand out of white noise, which "auto" looks for, are rarely more than a thirtieth of the
+    shorter side of a large matrix. A cap needs one more than it allows: a cliff is seen from both sides.
+    """
+    if choice.rule == "rank" and choice.fixed is not None:
+        return choice.fixed
+    natural = max(48, min(shape) // 32)
+    return natural if choice.max_rank is None else min(natural, choice.max_rank + 1)
+
+
+def _tensors(changes: Changes, measured: Measured, options: Options) -> tuple[TensorPlan, ...]:
+    pairs = {pair.name: pair for pair in changes.pairs}
+    tensors = []
+    for account, spectrum in [*measured.values(), *((account, None) for account in untouched(changes))]:
+        tensors.append(
+            TensorPlan(
+                account.name,
+                account.dtype,
+                account.shape,
+                account.treatment.value,
+                account.delta_energy,
+                account.base_energy,
+                account.new_rows,
+                account.nbytes,
+                changes.unit(pairs[account.name], options.dtype) if spectrum is not None else 0,
+                spectrum,
+            )
+        )
+    if not any(tensor.fixed or tensor.spectrum is not None for tensor in tensors):
+        raise SelectionError(
+            f"`{changes.tuned.path}` does not differ from `{changes.base.path}` in any tensor that is not excluded"
+        )
+    return tuple(sorted(tensors, key=lambda tensor: tensor.name))
