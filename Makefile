@@ -70,8 +70,16 @@ test-rust:  ## Rust tests: properties against f64 references, files, doctests
 	cargo test --package lora-compress-core --quiet
 	LORA_COMPRESS_KERNEL=portable cargo test --package lora-compress-core --test svd --quiet
 
+# Reports are tested in a real browser. Where Debian's cannot be installed, those tests say that they were skipped.
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get install -y -qq --no-install-recommends chromium >/dev/null || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; }; } } || \
+	  echo 'chromium is missing: the report is not tested in a browser (Debian: apt-get install chromium)' >&2
+
 .PHONY: test-python
-test-python: build .venv/dev  ## Python tests that need no PyTorch (HYPOTHESIS_PROFILE=slow searches longer)
+test-python: build .venv/dev chromium  ## Python tests that need no PyTorch (HYPOTHESIS_PROFILE=slow searches longer)
 	$(BIN)/python -m pytest -q -m 'not torch'
 
 .PHONY: test-torch

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import lora_compress
 import numpy as np
 import pytest
@@ -219,6 +220,20 @@ def test_fingerprints_do_not_depend_on_shards(tmp_path: Path, rng: np.random.Gen
     assert one == three
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
     assert fingerprint(Checkpoint(save(tmp_path / "other", tensors, config))) != one
+
+
+def test_plan_files_follow_their_schema(tuned_pair: Pair, pair: Pair) -> None:
+    schema = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for plan in (
+        lora_compress.plan(*tuned_pair),
+        lora_compress.plan(*pair, error=0.4, ranks_allowed="8x", max_rank=16),
+    ):
+        data = json.loads(json.dumps(plan.to_json()))
+        jsonschema.validate(data, schema)
+        assert data.keys() == schema["properties"].keys()
+        rows = schema["properties"]["tensors"]["items"]["properties"].keys()
+        assert {key for row in data["tensors"] for key in row} == rows
 
 
 def broken(data: Any, *path: Any, value: Any) -> Any:

@@ -25,6 +25,7 @@ COMMANDS = {
     "extract": ("extract", "Extract an adapter from a full fine-tune."),
     "merge": ("merge", "Merge adapters into a base model."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
+    "report": ("report", "Write a plan as an HTML page."),
     "plugins": ("plugins", "List decompositions and formats."),
     "demo": ("demo", "Run the whole way on a real pair that ships with this package."),
 }

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,37 @@ class Plan:
             replace(tensor, rank=by_name[tensor.name]) if tensor.name in by_name else tensor for tensor in self.tensors
         )
         return replace(self, choice=choice, tensors=tensors, unsettled=tuple(unsettled))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file. Raises `PlanError` when it is none, `OSError` when it cannot be read."""
+        from lora_compress.ranks import file
+
+        return file.read(Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        from lora_compress.ranks import file
+
+        file.write(self, Path(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as one JSON object (docs/plan.schema.json)."""
+        from lora_compress.ranks import file
+
+        return file.to_json(self)
+
+    def to_html(self) -> str:
+        """The report: one page that needs no network."""
+        from lora_compress.report import page
+
+        return page(self.to_json())
+
+    def _repr_html_(self) -> str:
+        """The report inside a notebook."""
+        from lora_compress.report import notebook
+
+        return notebook(self.to_json())
 
     def weights(self, choice: RankChoice) -> dict[str, float]:
         """What a unit of each tensor's error is worth under a choice."""

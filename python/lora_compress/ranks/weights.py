@@ -2,7 +2,9 @@
 
 No weight is right for all models, so each has a name. `docs/ranks.md` measures them on real fine-tunes; "balanced" is
 the default because it was best or close to it on all of them: the plain norm gives most to the tensors that moved most
-(a tied embedding holds two thirds of ‖ΔW‖² and needs a few directions), the relative one nearly forgets them.
+(a tied embedding holds two thirds of ‖ΔW‖² and needs a few directions), the relative one nearly forgets them. Per byte,
+the balanced worth of a direction is the geometric mean of two simple ones: σ²/‖ΔW‖² for each rank, whatever it costs,
+and σ²/‖ΔW‖ for each byte.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def _delta(_: Spectrum) -> float:
 
 
 def _balanced(spectrum: Spectrum) -> float:
-    return 1.0 / math.sqrt(spectrum.energy)
+    return math.sqrt(sum(spectrum.shape)) / math.sqrt(spectrum.energy) ** 1.5
 
 
 def _relative(spectrum: Spectrum) -> float:
@@ -41,7 +43,7 @@ def _element(spectrum: Spectrum) -> float:
 
 
 WEIGHTS: dict[str, tuple[Weight, str]] = {
-    "balanced": (_balanced, "1 / ‖ΔW‖, halfway between the next two"),
+    "balanced": (_balanced, "√(rows + cols) / ‖ΔW‖^1.5"),
     "delta": (_delta, "1: the plain norm over all tensors"),
     "relative": (_relative, "1 / ‖ΔW‖²: every tensor's relative error counts the same"),
     "base": (_base, "1 / ‖W_base‖²: change relative to what was there"),

@@ -1,0 +1,61 @@
+"""`lora-compress report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_compress.cli._console import PATH, common_options, print_json, progress, size, warn
+
+
+@click.command(
+    "report",
+    epilog="""\b
+Examples:
+  lora-compress report plan.json -o report.html
+  lora-compress report llama-8b/ my-finetune/ -o report.html""",
+)
+@click.argument("source", metavar="PLAN.json | BASE", type=PATH)
+@click.argument("tuned", metavar="[TUNED]", type=PATH, required=False)
+@click.option("-o", "--out", "out", type=PATH, required=True, help="HTML file to create.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@common_options
+def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Write a plan as one HTML page: spectra, ranks, sizes and errors, and a budget to play with.
+
+    Takes a plan that `lora-compress plan` wrote, or BASE and TUNED, which are planned first. The page needs no network
+    and no server.
+    """
+    from lora_compress.errors import OutputExistsError
+    from lora_compress.ranks import file
+    from lora_compress.report import page
+
+    # Before the work, so that nobody waits for a refusal.
+    if out.exists() and not force:
+        raise OutputExistsError(f"`{out}` exists: choose another file or give --force")
+    if tuned is None:
+        plan = file.read(source)
+    else:
+        from lora_compress.verbs.plan import plan as make_plan
+
+        with progress(quiet=quiet or as_json) as bar:
+            plan = make_plan(source, tuned, progress=bar)
+    data = file.to_json(plan)
+    nbytes = _write(out, page(data))
+    warn(data["warnings"])
+    if as_json:
+        print_json({"out": str(out), "bytes": nbytes, "totals": data["totals"], "warnings": data["warnings"]})
+    elif not quiet:
+        click.echo(f"{out}: {size(nbytes)}, open it in a browser")
+
+
+def _write(out: Path, document: str) -> int:
+    """Write a file, whole or not at all. Returns its size."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        nbytes = partial.write_bytes(document.encode())
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return nbytes
