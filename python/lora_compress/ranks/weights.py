@@ -26,7 +26,7 @@ def _delta(_: Spectrum) -> float:
 
 
 def _balanced(spectrum: Spectrum) -> float:
-    return math.sqrt(sum(spectrum.shape)) / math.sqrt(spectrum.energy) ** 1.5
+    return math.sqrt(sum(spectrum.shape)) / math.pow(spectrum.energy, 0.75)
 
 
 def _relative(spectrum: Spectrum) -> float:

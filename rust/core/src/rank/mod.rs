@@ -22,10 +22,16 @@ const SLACK: f64 = 1e-3;
 /// Energy below this share of ‖Δ‖² cannot be told from rounding of the sums.
 const NOTHING: f64 = 1e-9;
 /// A merged LoRA ends in a cliff: σ falls by this factor or more …
-const CLIFF: f64 = 1.5;
-/// … onto a floor whose largest σ is within this factor of what white noise of its energy would have. Rounding noise is not quite
-/// white: its variance follows the size of the weights.
-const WHITE: f64 = 1.5;
+const CLIFF: f64 = 1.3;
+/// … onto a floor that looks like white noise: its largest σ is what such noise of its energy would have, within this factor times
+/// the square root of the fall, and never beyond the second one. Rounding noise is not quite white, since its variance follows the
+/// size of the weights: rows of outliers stand out of it (by a factor of 3 in BERT's output layers), which only a high cliff can
+/// be told from.
+const WHITE: f64 = 1.3;
+const GREY: f64 = 4.0;
+/// What lies behind the cliff is rounding noise, and no more than this factor above its estimate: where updates are smaller than
+/// the spacing of the weights, most of them are lost and the few others too large (7 was seen at ‖Δ‖/‖W‖ = 0.001 in bf16).
+const EXPLAINED: f64 = 10.0;
 
 /// The leading singular values of one Δ and what else is known of it.
 #[derive(Debug, Clone)]
@@ -180,19 +186,23 @@ impl Spectrum {
         (self.sigma.iter().map(|&value| term(value)).sum::<f64>() + missing as f64 * term(tail)).exp()
     }
 
-    /// The rank of a Δ that is low-rank but for noise, as that of a merged LoRA is: σ falls off a cliff, and what lies behind it
-    /// looks like white noise or is nothing. `None` for any other Δ, and where the σ known end before the cliff.
+    /// The rank of a Δ that is low-rank but for rounding noise, as that of a merged LoRA is: σ falls off a cliff, and what lies
+    /// behind it is no more than rounding explains and looks like white noise. `None` for any other Δ, and where the σ known end
+    /// before the cliff.
     #[must_use]
     pub fn low_rank(&self) -> Option<usize> {
         let size = self.rows.min(self.cols);
-        let cliffs = (1..=self.sigma.len().min(size - size / 4)).filter(|&rank| {
-            if self.rest(rank) <= NOTHING * self.energy {
-                return true;
-            }
-            let Some(&next) = self.sigma.get(rank) else { return false };
-            self.sigma[rank - 1] >= CLIFF * next && next <= WHITE * self.bulk_edge(rank)
+        let ranks = 1..=self.sigma.len().min(size - size / 4);
+        if let Some(exact) = ranks.clone().find(|&rank| self.rest(rank) <= NOTHING * self.energy) {
+            return Some(exact);
+        }
+        let cliffs = ranks.filter_map(|rank| {
+            let fall = self.sigma[rank - 1] / self.sigma.get(rank).copied().filter(|&next| next > 0.0)?;
+            let floor = self.bulk_edge(rank) * (WHITE * fall.sqrt()).min(GREY);
+            let is_noise = self.sigma[rank] <= floor && self.rest(rank) <= EXPLAINED * self.rounding_energy;
+            (fall >= CLIFF && is_noise).then_some((rank, fall))
         });
-        cliffs.min()
+        cliffs.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(rank, _)| rank)
     }
 
     /// The largest σ that white noise with all the energy beyond the first `rank` directions would have; 0 where none is left.
