@@ -180,6 +180,7 @@ class LowRank:
     def __new__(
         cls, adapter: Checkpoint, b: str, a: str, *, scale: float = 1.0, transposed: bool = False
     ) -> LowRank: ...
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
 @final
 class Update:

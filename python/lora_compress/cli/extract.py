@@ -9,6 +9,7 @@ import click
 
 from lora_compress.cli._console import PATH, command_line, common_options, print_json, print_table, progress, size, warn
 from lora_compress.cli._options import RANKS, TENSORS, choice_of, options
+from lora_compress.cli._scale import SEARCH, Scale, found_scale
 
 
 @click.command(
@@ -29,12 +30,14 @@ Examples:
 )
 @click.option(
     "--scale",
-    type=float,
-    default=1.0,
+    type=Scale(),
+    default="1",
     show_default=True,
-    metavar="S",
-    help="Multiply the adapter's ΔW by this, in its factors.",
+    metavar="S|search",
+    help="Multiply the adapter's ΔW by this, in its factors; or find what is best on --calibration (needs PyTorch).",
 )
+@click.option("--calibration", type=PATH, metavar="FILE", help="Text, or token ids (.npy, .json), for --scale search.")
+@click.option("--scale-by-module", is_flag=True, help="Search a scale for each kind of module.")
 @click.option("--decomposition", default="ab", show_default=True, help="See `lora-compress plugins list`.")
 @options(TENSORS)
 @click.option(
@@ -57,6 +60,9 @@ def command(
     format_: str,
     model_option: Path | None,
     base_option: Path | None,
+    scale: float | str,
+    calibration: Path | None,
+    scale_by_module: bool,
     as_json: bool,
     quiet: bool,
     **given: Any,
@@ -79,8 +85,16 @@ def command(
     from lora_compress.verbs.extract import extract
 
     asked = choice_of(given)
+    given |= {"format": format_, **asked}
+    if scale == SEARCH:
+        settings = {name: value for name, value in given.items() if name not in {"out", "force"}}
+        given["scale"] = found_scale(
+            base, tuned, calibration, by_module=scale_by_module, quiet=quiet or as_json, **settings
+        ).scale
+    else:
+        given["scale"] = scale
     with progress(quiet=quiet or as_json) as bar:
-        result = extract(base, tuned, format=format_, command=command_line(), progress=bar, **asked, **given)
+        result = extract(base, tuned, command=command_line(), progress=bar, **given)
     warn(result.warnings)
     if as_json:
         print_json(result.to_json())

@@ -48,7 +48,7 @@ class ExtractResult:
 
     out: Path
     choice: RankChoice
-    scale: float
+    scale: float | Mapping[str, float]
     decomposition: str
     format: str
     dtype: str
@@ -75,7 +75,7 @@ class ExtractResult:
             "out": str(self.out),
             "rank": self.rank,
             "choice": self.choice.to_json(),
-            "scale": self.scale,
+            "scale": dict(self.scale) if isinstance(self.scale, Mapping) else self.scale,
             "decomposition": self.decomposition,
             "format": self.format,
             "dtype": self.dtype,
@@ -101,7 +101,7 @@ def extract(
     ranks_allowed: str | Sequence[int] | None = None,
     max_rank: int | None = None,
     layout: str = "peft",
-    scale: float = 1.0,
+    scale: float | Mapping[str, float] = 1.0,
     decomposition: str = "ab",
     format: str = "peft",  # noqa: A002 (the name of the option everywhere)
     dtype: str = "BF16",
@@ -132,7 +132,8 @@ def extract(
     ranks_allowed: the ranks that may be used: numbers, "8,16,32", "vllm", or "8x" for multiples of 8.
     max_rank: no rank above this; alone, it is the rank.
     layout: "peft" (a rank for every tensor), or "uniform" (all padded to one, for servers that know no other).
-    scale: the adapter's ΔW is multiplied by this, in its factors.
+    scale: the adapter's ΔW is multiplied by this, in its factors; or a number for each kind of module (`q_proj`, …), 1
+        for those that are not named. `lora_compress.torch.scale` finds good ones.
     decomposition, format: names of registered plugins.
     dtype: element type of the stored factors, "BF16", "F16" or "F32".
     include, exclude: regular expressions searched in tensor names; excluded tensors keep the base's values.
@@ -152,7 +153,8 @@ def extract(
     options out of range. Nothing is left behind.
     """
     started = time.perf_counter()
-    if not 0 < tolerance < float("inf") or not 0 < abs(scale) < float("inf"):
+    scales = [*scale.values()] if isinstance(scale, Mapping) else [scale]
+    if not 0 < tolerance < float("inf") or not all(0 < abs(each) < float("inf") for each in scales):
         raise ValueError(f"tolerance ({tolerance}) must be positive, scale ({scale}) must not be 0")
     asked = {"rank": rank, "budget": budget, "error": error, "weights": weights, "ranks_allowed": ranks_allowed}
     choice = choose(**asked, max_rank=max_rank, layout=layout)  # type: ignore[arg-type]
@@ -223,7 +225,7 @@ def extract(
             "causal_lm": changes.base.architecture.endswith("ForCausalLM"),
             "rank": max(ranks.values(), default=0),
             "choice": choice.to_json(),
-            "scale": scale,
+            "scale": dict(scale) if isinstance(scale, Mapping) else scale,
             "decomposition": method.name,
             "format": target.name,
             "dtype": options.dtype,
@@ -274,7 +276,7 @@ def _decompose(
     ranks: Mapping[str, int],
     options: Options,
     choice: RankChoice,
-    scale: float,
+    scale: float | Mapping[str, float],
     pair: Pair,
     *,
     tolerance: float,
@@ -293,8 +295,9 @@ def _decompose(
         return replace(account, error_energy=delta.energy), factors if choice.layout == "uniform" else None
     with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
         b, a = method.lower(method.fit(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
-        if scale != 1.0:
-            b = b * np.float32(scale)
+        factor = scale.get(last_component(pair.name), 1.0) if isinstance(scale, Mapping) else scale
+        if factor != 1.0:
+            b = b * np.float32(factor)
         b, a = round_to(b, options.dtype), round_to(a, options.dtype)
         error = delta.residual_energy(b, a)
     if not error < float("inf"):

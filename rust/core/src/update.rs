@@ -62,6 +62,21 @@ pub struct LowRank {
     pub transposed: bool,
 }
 
+impl LowRank {
+    /// Left and right factor in the orientation of the base's tensor, the scale in the left one.
+    ///
+    /// # Errors
+    /// [`Error::TensorMissing`], [`Error::UpdateShape`], [`Error::NonFinite`], [`Error::UnsupportedDtype`], [`Error::Io`].
+    pub fn factors(&self) -> Result<(Matrix, Matrix)> {
+        let (b, a) = (self.b.read_matrix()?, self.a.read_matrix()?);
+        if self.transposed {
+            let right = Matrix::from_faer(b.view().transpose(), 1.0);
+            return Ok((Matrix::from_faer(a.view().transpose(), self.scale), right));
+        }
+        Ok((Matrix::from_faer(b.view(), self.scale), a))
+    }
+}
+
 /// Everything that adapters do to one tensor.
 #[derive(Debug, Clone, Default)]
 pub struct Update {

@@ -228,7 +228,7 @@ fn matrix(values: &PyReadonlyArray2<'_, f32>) -> PyResult<core::Matrix> {
     core::Matrix::new(rows, cols, values).ok_or_else(|| PyValueError::new_err("the array's shape overflows"))
 }
 
-fn array<'py>(py: Python<'py>, matrix: core::Matrix) -> PyResult<Bound<'py, PyArray2<f32>>> {
+pub fn array<'py>(py: Python<'py>, matrix: core::Matrix) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let shape = [matrix.rows(), matrix.cols()];
     matrix.into_values().into_pyarray(py).reshape(shape)
 }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_compress_core as core;
+use numpy::PyArray2;
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
+use crate::delta::array;
 use crate::gate;
 
 /// One low-rank term scale·B·A, by the names of its factors in `adapter`: B (out, r), A (r, in).
@@ -26,7 +28,16 @@ impl LowRank {
         let source = |name| core::Source { checkpoint: adapter.inner.clone(), name };
         Self { inner: core::LowRank { b: source(b), a: source(a), scale, transposed } }
     }
+
+    /// The factors in the base tensor's own orientation, scale included: float32 (rows, r) and (r, cols) whose product is
+    /// added to it.
+    fn factors<'py>(&self, py: Python<'py>) -> PyResult<Factors<'py>> {
+        let (left, right) = gate::run_here(py, || self.inner.factors())?;
+        Ok((array(py, left)?, array(py, right)?))
+    }
 }
+
+type Factors<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<f32>>);
 
 /// What adapters do to one tensor of the base: low-rank terms, stored replacements, appended rows.
 #[pyclass(frozen, from_py_object, module = "lora_compress._native")]

@@ -1,0 +1,3 @@
+"""What needs PyTorch and transformers (`pip install 'lora-compress[torch]'`): nothing else of this package imports
+them.
+"""

@@ -1,0 +1,201 @@
+"""The best scale of an adapter: a one-dimensional search of KL(tuned ‖ base + s·BA) on calibration tokens.
+
+Truncated factors are shorter than ΔW. In the Frobenius norm s = 1 is the best scale for them all the same, since what
+is left out is orthogonal to what is kept. For the model's predictions it need not be: directions that were cut had
+effects that the kept ones can make up for in part, so s a little above 1 is often better. How much is found here, on
+half of the tokens; the other half says whether to believe it. Never used unless asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_compress.adapter import Adapter
+from lora_compress.errors import SelectionError
+from lora_compress.model import Model, last_component
+from lora_compress.torch.tokens import read_tokens
+from lora_compress.verbs.merge import read_adapter
+
+# Where the best scale is looked for. The upper end is far above what restoring ‖ΔW‖ would ask for at useful ranks.
+LEAST, MOST = 0.8, 1.6
+TOLERANCE = 0.02
+CONTEXT = 512
+TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """What a search found. KL in nats per token: (at scale 1, at `scale`) on both halves of the tokens.
+
+    `scale` is one number, or one for each kind of module; 1 where the held-out half does not agree.
+    """
+
+    scale: float | Mapping[str, float]
+    calibration: tuple[float, float]
+    heldout: tuple[float, float]
+    trials: tuple[tuple[float, float], ...]
+    tokens: int
+
+    @property
+    def improved(self) -> bool:
+        """Whether the held-out half agrees that `scale` is better than 1."""
+        return self.heldout[1] < self.heldout[0]
+
+
+def search_scale(
+    base: str | Path,
+    tuned: str | Path,
+    adapter: str | Path,
+    calibration: str | Path,
+    *,
+    by_module: bool = False,
+    context: int = CONTEXT,
+    tokens: int = TOKENS,
+    device: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ScaleSearch:
+    """Find the scale of a causal language model's adapter.
+
+    Parameters
+    ----------
+    base, tuned: model directories that transformers loads.
+    adapter: an adapter of tuned − base with scale 1.
+    calibration: text, or token ids as .npy or .json.
+    by_module: after the common scale, one for each kind of module (`q_proj`, …), in turn.
+    context, tokens: length of a window, and how many tokens to use in all.
+    device: where to compute; a GPU if there is one.
+
+    Raises `SelectionError` when transformers does not load the model, or names its weights otherwise than the
+    checkpoint.
+    """
+    model = Model.open(base)
+    windows = read_tokens(calibration, Path(tuned), context=context, most=tokens)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.inference_mode():
+        target = _Target(_load(tuned, place), windows)
+        scaled = _Scaled(_load(base, place), read_adapter(adapter, model))
+        calibrate, check = target.halves()
+
+        def loss(scales: Mapping[str, float], half: list[int]) -> float:
+            scaled.set(scales)
+            return target.divergence(scaled.model, half)
+
+        ones = dict.fromkeys(scaled.kinds, 1.0)
+        before = loss(ones, calibrate), loss(ones, check)
+        trials: list[tuple[float, float]] = [(1.0, before[0])]
+
+        def common(scale: float) -> float:
+            trials.append((scale, loss(dict.fromkeys(scaled.kinds, scale), calibrate)))
+            progress(f"scale {scale:.3f}: KL {trials[-1][1]:.5f}")
+            return trials[-1][1]
+
+        best, _ = golden_section(common, LEAST, MOST, TOLERANCE)
+        best = min(trials, key=lambda trial: trial[1])[0] if before[0] < min(kl for _, kl in trials[1:]) else best
+        scales = dict.fromkeys(scaled.kinds, best)
+        if by_module:
+            for kind in scaled.kinds:
+
+                def one(scale: float, kind: str = kind) -> float:
+                    return loss({**scales, kind: scale}, calibrate)
+
+                scales[kind], _ = golden_section(one, max(LEAST, best - 0.2), best + 0.2, 2 * TOLERANCE)
+                progress(f"{kind}: scale {scales[kind]:.3f}")
+        after = loss(scales, calibrate), loss(scales, check)
+    found: float | Mapping[str, float] = scales if by_module else best
+    if not after[1] < before[1]:
+        found = 1.0
+    return ScaleSearch(found, (before[0], after[0]), (before[1], after[1]), tuple(sorted(trials)), windows.numel())
+
+
+def golden_section(
+    function: Callable[[float], float], left: float, right: float, tolerance: float
+) -> tuple[float, float]:
+    """The minimum of a unimodal function in [left, right], to ±tolerance (Kiefer 1953): the point, and the value
+    there.
+    """
+    ratio = (math.sqrt(5) - 1) / 2
+    x, y = right - ratio * (right - left), left + ratio * (right - left)
+    at_x, at_y = function(x), function(y)
+    while right - left > 2 * tolerance:
+        if at_x < at_y:
+            right, y, at_y = y, x, at_x
+            x = right - ratio * (right - left)
+            at_x = function(x)
+        else:
+            left, x, at_x = x, y, at_y
+            y = left + ratio * (right - left)
+            at_y = function(y)
+    return (x, at_x) if at_x < at_y else (y, at_y)
+
+
+class _Target:
+    """What tuned predicts on every window."""
+
+    def __init__(self, tuned: Any, windows: torch.Tensor) -> None:
+        self.windows = windows
+        self.log_p = [_predictions(tuned, window).cpu() for window in windows]
+
+    def halves(self) -> tuple[list[int], list[int]]:
+        """Every other window calibrates, the others check."""
+        numbers = list(range(len(self.windows)))
+        return numbers[::2], numbers[1::2]
+
+    def divergence(self, model: Any, half: list[int]) -> float:
+        """KL(tuned ‖ model) in nats per token."""
+        total, count = 0.0, 0
+        for number in half:
+            log_q = _predictions(model, self.windows[number])
+            log_p = self.log_p[number].to(log_q.device)
+            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            count += len(log_p)
+        return total / count
+
+
+class _Scaled:
+    """A base whose weights carry an adapter at scales that can be set."""
+
+    def __init__(self, model: Any, adapter: Adapter) -> None:
+        self.model = model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        missing = sorted(adapter.tensors() - set(parameters))
+        if missing:
+            raise SelectionError(f"transformers has no weight `{missing[0]}`: it names this model's weights otherwise")
+        for name, (checkpoint, key) in adapter.replacements.items():
+            parameters[name].copy_(torch.from_numpy(checkpoint.read(key)).to(parameters[name]))
+        self._terms = []
+        for name, terms in adapter.low_rank.items():
+            weight = parameters[name]
+            for term in terms:
+                b, a = (torch.from_numpy(factor).to(weight) for factor in term.factors())
+                self._terms.append((last_component(name), weight, b, a))
+        self.kinds = list(dict.fromkeys(kind for kind, *_ in self._terms))
+        self._scales = dict.fromkeys(self.kinds, 0.0)
+
+    def set(self, scales: Mapping[str, float]) -> None:
+        """Give every kind of module a scale."""
+        for kind, weight, b, a in self._terms:
+            step = scales[kind] - self._scales[kind]
+            if step:
+                weight.addmm_(b, a, alpha=step)
+        self._scales = dict(scales)
+
+
+def _load(path: str | Path, device: torch.device) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise SelectionError(f"transformers does not load `{path}` as a causal language model: {error}") from error
+
+
+def _predictions(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token, float32 (context − 1, vocabulary)."""
+    device = next(model.parameters()).device
+    logits: torch.Tensor = model(window[None].to(device)).logits[0, :-1]
+    return logits.float().log_softmax(-1)
