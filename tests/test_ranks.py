@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_compress import Plan, PlanError, SelectionError, Spectrum
+from lora_compress import Plan, PlanError, RankChoice, SelectionError, Spectrum
 from lora_compress.ranks import file
 from lora_compress.ranks.choice import choose, parse_size
 from lora_compress.ranks.plan import TensorPlan
@@ -446,3 +446,24 @@ def test_the_curve_agrees_with_plans_of_its_budgets(rows: Any, weights: str, whe
     again = plan.choose(choose(budget=max(size + plan.least_bytes, 1), weights=weights))
     assert again.nbytes == size
     assert again.error == pytest.approx(error, abs=1e-6)
+
+
+@given(
+    st.one_of(
+        st.just(()), st.lists(st.integers(1, 40), min_size=1, max_size=5).map(lambda ranks: tuple(sorted(set(ranks))))
+    ),
+    st.integers(1, 9),
+    st.one_of(st.none(), st.integers(1, 40)),
+    st.integers(1, 50),
+    st.integers(1, 60),
+)
+def test_ladders(allowed: tuple[int, ...], multiple: int, cap: int | None, limit: int, known: int) -> None:
+    if cap is not None and cap < (allowed[0] if allowed else multiple):
+        return  # Refused by `choose`.
+    choice = RankChoice(allowed=allowed, multiple=1 if allowed else multiple, max_rank=cap)
+    top = min(limit, cap or limit)
+    listed = [rank for rank in (allowed or range(choice.multiple, 200, choice.multiple)) if cap is None or rank <= cap]
+    expected = sorted({min(rank, top) for rank in listed})
+    assert choice.ranks(limit) == expected
+    assert choice.highest(limit) == expected[-1]
+    assert choice.ranks(limit, known) == [rank for rank in expected if rank <= known]

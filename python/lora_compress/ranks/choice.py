@@ -61,18 +61,28 @@ class RankChoice:
             return None
         return self.round_up(int(self.value), 2**31)
 
-    def ranks(self, limit: int) -> list[int]:
-        """Allowed ranks above 0 for a tensor that has at most `limit`, ascending.
+    def ranks(self, limit: int, known: int | None = None) -> list[int]:
+        """Allowed ranks above 0 for a tensor that has at most `limit`, ascending; up to `known`, where that is given.
 
         A tensor too small for an allowed rank may have all of its own: what it lacks is padded by whoever serves it.
         """
         highest = limit if self.max_rank is None else min(limit, self.max_rank)
+        most = highest if known is None else min(highest, known)
         if self.allowed:
-            listed = [rank for rank in self.allowed if self.max_rank is None or rank <= self.max_rank]
-        else:
-            listed = list(range(self.multiple, highest + self.multiple, self.multiple))
-            listed = [rank for rank in listed if self.max_rank is None or rank <= self.max_rank]
-        return sorted({min(rank, highest) for rank in listed})
+            fitting = (rank for rank in self.allowed if self.max_rank is None or rank <= self.max_rank)
+            return sorted({min(rank, highest) for rank in fitting if min(rank, highest) <= most})
+        ranks = list(range(self.multiple, most + 1, self.multiple))
+        last = self.highest(limit)
+        return [*ranks, last] if last <= most and last % self.multiple else ranks
+
+    def highest(self, limit: int) -> int:
+        """The largest of `ranks`."""
+        highest = limit if self.max_rank is None else min(limit, self.max_rank)
+        if self.allowed:
+            return self.ranks(limit)[-1]
+        padded = -(-highest // self.multiple) * self.multiple
+        whole = self.max_rank is None or padded <= self.max_rank
+        return highest if whole else highest // self.multiple * self.multiple
 
     def round_up(self, rank: int, limit: int) -> int:
         """The smallest allowed rank of at least `rank`, or the largest there is; 0 stays 0."""

@@ -175,7 +175,7 @@ def _ranks(plan: Plan, choice: RankChoice) -> tuple[list[int], list[str]]:
         spectrum = _spectrum(tensor)
         rank = spectrum.rank(choice.rule, choice.value)
         limit = min(spectrum.shape)
-        capped = max(choice.ranks(limit))
+        capped = choice.highest(limit)
         if rank is None and len(spectrum.sigma) < capped:
             unsettled.append(tensor.name)
         rank = len(spectrum.sigma) if rank is None else rank
@@ -198,7 +198,7 @@ def _shared(plan: Plan, choice: RankChoice) -> tuple[list[int], list[str]]:
     unsettled = []
     for tensor, rank, cap in zip(plan.low_rank, ranks, caps, strict=True):
         spectrum = _spectrum(tensor)
-        usable = [allowed for allowed in choice.ranks(cap) if allowed <= len(spectrum.sigma)]
+        usable = choice.ranks(cap, len(spectrum.sigma)) if cap else []
         taken = rank == max(usable, default=0) or (choice.rule == AUTO and spectrum.rank("bulk-edge") is None)
         if taken and not spectrum.is_complete and len(spectrum.sigma) < cap:
             unsettled.append(tensor.name)
@@ -215,7 +215,9 @@ def _allocation(plan: Plan, choice: RankChoice) -> tuple[Allocation, Any, list[i
     if choice.rule == AUTO:
         # What cannot be told from rounding noise is never worth bytes, and a merged LoRA is worth what it was.
         caps = [_above_noise(spectrum, cap) for spectrum, cap in zip(spectra, caps, strict=True)]
-    ladders = [choice.ranks(cap) if cap else [] for cap in caps]
+    ladders = [
+        choice.ranks(cap, len(spectrum.sigma)) if cap else [] for spectrum, cap in zip(spectra, caps, strict=True)
+    ]
     return Allocation(spectra, weights, [tensor.unit for tensor in plan.low_rank], ladders), weights, caps
 
 
