@@ -75,7 +75,7 @@ def test_the_demo_recovers_more_at_higher_rank(run: Any, tmp_path: Path) -> None
     assert losses == sorted(losses, reverse=True)
     assert losses[0] == pytest.approx(1.8708, abs=5e-5), "the README shows these"
     assert result["adapters"][1]["loss"] == pytest.approx(1.5548, abs=5e-4)
-    assert (tmp_path / "kept" / "merged-r48" / "model.safetensors").exists()
+    assert (tmp_path / "kept" / "merged-48" / "model.safetensors").exists()
     assert run("demo", "--ranks", "4,x")[0] == 2
 
 

@@ -198,6 +198,12 @@ def test_plan_files_survive_the_trip_and_answer_other_wishes(tuned_pair: Pair, t
     assert result.choice == plan.choice
 
 
+def test_plans_show_themselves_in_notebooks(tuned_pair: Pair) -> None:
+    html = lora_compress.plan(*tuned_pair)._repr_html_()
+    assert html.startswith("<iframe")
+    assert "srcdoc" in html
+
+
 def test_plans_of_other_checkpoints_are_refused(tuned_pair: Pair, tmp_path: Path, rng: np.random.Generator) -> None:
     plan = lora_compress.plan(*tuned_pair)
     with pytest.raises(PlanError, match="another base"):

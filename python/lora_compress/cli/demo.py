@@ -9,21 +9,18 @@ import click
 from lora_compress.cli._console import PATH, common_options, print_json, print_table, size
 
 
-def _ranks(_: click.Context, __: click.Parameter, value: str) -> list[int]:
-    try:
-        ranks = [int(item) for item in value.split(",")]
-    except ValueError:
-        ranks = []
-    if not ranks or min(ranks) < 1:
-        raise click.BadParameter("a comma-separated list of positive ranks is needed, such as 4,16,64")
+def _ranks(_: click.Context, __: click.Parameter, value: str) -> list[str]:
+    ranks = [item.strip() for item in value.split(",")]
+    if not all(rank == "auto" or (rank.isascii() and rank.isdigit() and int(rank) > 0) for rank in ranks):
+        raise click.BadParameter("a comma-separated list of positive ranks or auto is needed, such as auto,4,16")
     return ranks
 
 
 @click.command("demo")
-@click.option("--ranks", default="4,16,48", show_default=True, callback=_ranks, help="Ranks to try.")
+@click.option("--ranks", default="auto,4,16,48", show_default=True, callback=_ranks, help="Ranks to try.")
 @click.option("--keep", type=PATH, metavar="DIR", help="Keep the adapters and merged models in DIR.")
 @common_options
-def command(ranks: list[int], keep: Path | None, as_json: bool, quiet: bool) -> None:
+def command(ranks: list[str], keep: Path | None, as_json: bool, quiet: bool) -> None:
     """Extract, verify and merge on a real pair, and measure the loss that comes back.
 
     The pair ships with this package: a byte-level Llama of 0.8 million parameters with a tied embedding, and a full
@@ -40,7 +37,7 @@ def command(ranks: list[int], keep: Path | None, as_json: bool, quiet: bool) -> 
             recovered = (result.base.loss - row.loss) / (result.base.loss - result.tuned.loss)
             rows.append(
                 [
-                    f"base + adapter, rank {row.rank}",
+                    f"base + adapter, {row.asked}",
                     size(row.nbytes),
                     f"{row.loss:.4f}",
                     f"{recovered:.1%}",

@@ -26,10 +26,13 @@ BASE, TUNED, TEXT = DATA / "base", DATA / "tuned", DATA / "heldout.txt"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model: what it takes on disk, and its loss. `rank` 0 for the models that are no adapters."""
+    """One model: what it takes on disk, and its loss. `asked` is empty and `rank` 0 for the models that are no
+    adapters.
+    """
 
     nbytes: int
     loss: float
+    asked: str = ""
     rank: int = 0
     error: float = 0.0
 
@@ -50,14 +53,17 @@ class DemoResult:
             "base": {"bytes": self.base.nbytes, "loss": self.base.loss},
             "tuned": {"bytes": self.tuned.nbytes, "loss": self.tuned.loss},
             "adapters": [
-                {"rank": row.rank, "bytes": row.nbytes, "loss": row.loss, "error": row.error} for row in self.adapters
+                {"asked": row.asked, "rank": row.rank, "bytes": row.nbytes, "loss": row.loss, "error": row.error}
+                for row in self.adapters
             ],
             "seconds": self.seconds,
         }
 
 
-def run(ranks: Sequence[int], *, keep: Path | None = None) -> DemoResult:
-    """Go the whole way at each rank. Raises `LoraCompressError` when an adapter is not what extraction promised."""
+def run(ranks: Sequence[int | str], *, keep: Path | None = None) -> DemoResult:
+    """Go the whole way at each rank, or "auto". Raises `LoraCompressError` when an adapter is not what extraction
+    promised.
+    """
     started = time.perf_counter()
     text = TEXT.read_bytes()
     folder: Any = tempfile.TemporaryDirectory() if keep is None else nullcontext(keep)
@@ -66,14 +72,14 @@ def run(ranks: Sequence[int], *, keep: Path | None = None) -> DemoResult:
     return DemoResult(_model(BASE, text), _model(TUNED, text), tuple(rows), time.perf_counter() - started)
 
 
-def _adapter(folder: Path, rank: int, text: bytes) -> Row:
-    adapter, merged = folder / f"adapter-r{rank}", folder / f"merged-r{rank}"
+def _adapter(folder: Path, rank: int | str, text: bytes) -> Row:
+    adapter, merged = folder / f"adapter-{rank}", folder / f"merged-{rank}"
     result = extract(BASE, TUNED, adapter, rank=rank, force=True)
     check = verify(BASE, TUNED, adapter)
     if not check.ok:
         raise LoraCompressError(f"`{check.problems[0].name}`: {check.problems[0].problem}")
     merge(BASE, [adapter], merged, force=True)
-    return Row(result.adapter_bytes, Llama.open(merged).loss(text), rank, result.error)
+    return Row(result.adapter_bytes, Llama.open(merged).loss(text), result.choice.describe(), result.rank, result.error)
 
 
 def _model(path: Path, text: bytes) -> Row:
