@@ -263,6 +263,14 @@ def test_plan_then_extract(run: Any, pair: Pair, tmp_path: Path) -> None:
     assert code == 0
     assert "model.layers.0.self_attn.q_proj.weight" in text
     assert "energy 0.5" in text
+    code, text, errors = run("plan", saved, "--rank", "4", "--layout", "uniform")
+    assert (code, errors) == (0, "")
+    code, text, errors = run("plan", saved, "--max-rank", "12")
+    assert "budget 60 kB: " in text, "what is not said stays"
+    assert run("report", saved, "-o", saved, "--force")[0] == cli.EXIT_FAILED
+    assert run("report", *pair, "-o", weights, "--force")[0] == cli.EXIT_FAILED
+    assert run("plan", *pair, "-o", tmp_path, "--force")[0] == cli.EXIT_FAILED
+    assert run("plan", *pair, "-q", "-o", tmp_path / "new" / "plan.json")[0] == 0
     code, text, _ = run("plan", saved, "--json")
     assert json.loads(text)["choice"]["rule"] == "budget"
     code, text, errors = run("extract", *pair, "-o", tmp_path / "out", "--plan", saved)

@@ -467,9 +467,10 @@ def test_ladders(allowed: tuple[int, ...], multiple: int, cap: int | None, limit
     if cap is not None and cap < (allowed[0] if allowed else multiple):
         return  # Refused by `choose`.
     choice = RankChoice(allowed=allowed, multiple=1 if allowed else multiple, max_rank=cap)
-    top = min(limit, cap or limit)
-    listed = [rank for rank in (allowed or range(choice.multiple, 200, choice.multiple)) if cap is None or rank <= cap]
-    expected = sorted({min(rank, top) for rank in listed})
+    rungs = [rank for rank in (allowed or range(choice.multiple, 200, choice.multiple)) if cap is None or rank <= cap]
+    below = [rank for rank in rungs if rank < limit]
+    # The first that is enough, where there is one.
+    expected = rungs[: len(below) + 1]
     assert choice.ranks(limit) == expected
-    assert choice.highest(limit) == expected[-1]
+    assert choice.round_up(limit) == (expected[-1] if choice.has_ladder else min(limit, cap or limit))
     assert choice.ranks(limit, known) == [rank for rank in expected if rank <= known]

@@ -10,6 +10,7 @@ from dataclasses import replace
 import click
 
 from lora_compress.cli._console import print_table, size
+from lora_compress.errors import SelectionError
 from lora_compress.model import last_component
 from lora_compress.ranks.choice import BUDGET
 from lora_compress.ranks.plan import Plan, TensorPlan
@@ -84,7 +85,10 @@ def _budgets(plan: Plan, curve: Sequence[tuple[int, float]]) -> list[list[str]]:
     for budget in COMMON:
         if not max(plan.least_bytes, curve[-1][0] // 500) < budget < curve[-1][0]:
             continue
-        other = plan.choose(replace(plan.choice, rule=BUDGET, value=float(budget)))
+        try:
+            other = plan.choose(replace(plan.choice, rule=BUDGET, value=float(budget)))
+        except SelectionError:
+            continue  # Too little for one direction of every tensor.
         share = f"{budget / max(plan.tuned_bytes, 1):.1%}"
         rows.append([size(budget), f"{other.error:.4f}", _span([*other.ranks.values()]), share])
     return rows

@@ -61,13 +61,12 @@ def command(
 
     asked = choice_of(given)
     if out is not None:
-        output.check(out, force=force, inputs=(base, tuned) if tuned is not None else ())
+        output.check_file(out, force=force, inputs=(base, tuned) if tuned is not None else ())
     if tuned is None:
         if Options(format=format_, **given) != Options() or bound is not None:
             raise click.UsageError("a saved plan already says which tensors: give BASE and TUNED to plan again")
         result = file.read(base)
-        if any(value is not None for name, value in asked.items() if name != "layout") or asked["layout"] != "peft":
-            result = result.choose(choose(**asked))
+        result = result.choose(choose(**asked, instead_of=result.choice))
     else:
         with progress(quiet=quiet or as_json) as bar:
             result = plan(base, tuned, **asked, bound=bound, options=Options(format=format_, **given), progress=bar)

@@ -27,13 +27,12 @@ def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: b
     Takes a plan that `lora-compress plan` wrote, or BASE and TUNED, which are planned first. The page needs no network
     and no server.
     """
-    from lora_compress.errors import OutputExistsError
     from lora_compress.ranks import file
     from lora_compress.report import page
+    from lora_compress.verbs import output
 
     # Before the work, so that nobody waits for a refusal.
-    if out.exists() and not force:
-        raise OutputExistsError(f"`{out}` exists: choose another file or give --force")
+    output.check_file(out, force=force, inputs=(source, tuned) if tuned is not None else (source,))
     if tuned is None:
         plan = file.read(source)
     else:
@@ -42,20 +41,11 @@ def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: b
         with progress(quiet=quiet or as_json) as bar:
             plan = make_plan(source, tuned, progress=bar)
     data = file.to_json(plan)
-    nbytes = _write(out, page(data))
+    document = page(data)
+    file.write_whole(out, document)
+    nbytes = len(document.encode())
     warn(data["warnings"])
     if as_json:
         print_json({"out": str(out), "bytes": nbytes, "totals": data["totals"], "warnings": data["warnings"]})
     elif not quiet:
         click.echo(f"{out}: {size(nbytes)}, open it in a browser")
-
-
-def _write(out: Path, document: str) -> int:
-    """Write a file, whole or not at all. Returns its size."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        nbytes = partial.write_bytes(document.encode())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return nbytes

@@ -27,6 +27,8 @@ RULES: dict[str, tuple[float, float] | None] = {
     "knee": None,
 }
 LAYOUTS = ("peft", "uniform")
+# Named here for whoever only asks; `lora_compress.ranks.weights` says what they are.
+WEIGHTS = ("balanced", "delta", "relative", "base", "element")
 # vLLM 0.14 (`vllm.config.lora.MaxLoRARanks`): the ranks that its `max_lora_rank` can be set to.
 VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -50,50 +52,36 @@ class RankChoice:
     layout: str = "peft"
 
     @property
-    def is_global(self) -> bool:
-        """Whether the rank of one tensor depends on the others."""
-        return self.rule in {AUTO, BUDGET, ERROR} or self.layout == "uniform"
+    def has_ladder(self) -> bool:
+        """Whether only some ranks are allowed, so that factors are padded with zeros up to one of them."""
+        return bool(self.allowed) or self.multiple > 1
 
     @property
     def fixed(self) -> int | None:
         """The rank of every tensor, where that needs no spectrum."""
-        if self.rule != "rank":
-            return None
-        return self.round_up(int(self.value), 2**31)
+        return self.round_up(int(self.value)) if self.rule == "rank" else None
 
     def ranks(self, limit: int, known: int | None = None) -> list[int]:
-        """Allowed ranks above 0 for a tensor that has at most `limit`, ascending; up to `known`, where that is given.
+        """Allowed ranks above 0 for a tensor that can use `limit`, ascending; up to `known`, where that is given.
 
-        A tensor too small for an allowed rank may have all of its own: what it lacks is padded by whoever serves it.
+        The last one may be beyond the limit, padded with zeros, where a smaller one would lose directions.
         """
-        highest = limit if self.max_rank is None else min(limit, self.max_rank)
-        most = highest if known is None else min(highest, known)
+        most = limit if known is None else min(limit, known)
+        if not self.has_ladder:
+            return list(range(1, min(most, self.max_rank or most) + 1))
         if self.allowed:
-            fitting = (rank for rank in self.allowed if self.max_rank is None or rank <= self.max_rank)
-            return sorted({min(rank, highest) for rank in fitting if min(rank, highest) <= most})
-        ranks = list(range(self.multiple, most + 1, self.multiple))
-        last = self.highest(limit)
-        return [*ranks, last] if last <= most and last % self.multiple else ranks
+            rungs = [rank for rank in self.allowed if rank <= (self.max_rank or rank)]
+        else:
+            last = min(-(-limit // self.multiple) * self.multiple, self.max_rank or limit + self.multiple)
+            rungs = list(range(self.multiple, last + 1, self.multiple))
+        end = next((at + 1 for at, rank in enumerate(rungs) if rank >= limit), len(rungs))
+        return [rank for rank in rungs[:end] if known is None or rank <= known]
 
-    def highest(self, limit: int) -> int:
-        """The largest of `ranks`."""
-        highest = limit if self.max_rank is None else min(limit, self.max_rank)
-        if self.allowed:
-            return self.ranks(limit)[-1]
-        padded = -(-highest // self.multiple) * self.multiple
-        whole = self.max_rank is None or padded <= self.max_rank
-        return highest if whole else highest // self.multiple * self.multiple
-
-    def round_up(self, rank: int, limit: int) -> int:
+    def round_up(self, rank: int) -> int:
         """The smallest allowed rank of at least `rank`, or the largest there is; 0 stays 0."""
-        if rank == 0 or not (self.allowed or self.multiple > 1 or self.max_rank):
-            return min(rank, limit)
-        if not self.allowed:
-            rounded = -(-rank // self.multiple) * self.multiple
-            highest = rounded if self.max_rank is None else self.max_rank // self.multiple * self.multiple
-            return min(rounded, highest, limit)
-        ranks = self.ranks(limit)
-        return next((allowed for allowed in ranks if allowed >= rank), ranks[-1])
+        if not self.has_ladder:
+            return min(rank, self.max_rank or rank)
+        return self.ranks(rank)[-1] if rank else 0
 
     def to_json(self) -> dict[str, Any]:
         """As stored in plans and manifests."""
@@ -128,7 +116,8 @@ def choose(
     weights: str | None = None,
     ranks_allowed: str | Sequence[int] | None = None,
     max_rank: int | None = None,
-    layout: str = "peft",
+    layout: str | None = None,
+    instead_of: RankChoice | None = None,
 ) -> RankChoice:
     """A choice from what a user says.
 
@@ -136,27 +125,38 @@ def choose(
     share of ‖ΔW‖ over all tensors; at most one of the three. `ranks_allowed`: numbers, "8,16,32", "vllm", or "8x" for
     multiples of 8. Raises `SelectionError`.
     """
+    before = instead_of or RankChoice()
     if sum(value is not None for value in (rank, budget, error)) > 1:
         raise SelectionError("of rank, budget and error only one can be asked for")
-    if max_rank is not None and max_rank < 1:
-        raise SelectionError(f"the largest rank must be at least 1, not {max_rank}")
+    if max_rank is not None and (type(max_rank) is not int or max_rank < 1):
+        raise SelectionError(f"the largest rank must be a number of at least 1, not {max_rank!r}")
+    layout = before.layout if layout is None else layout
     if layout not in LAYOUTS:
         raise SelectionError(f"there is no layout `{layout}`: take one of {', '.join(LAYOUTS)}")
-    allowed, multiple = _allowed(ranks_allowed, max_rank)
+    cap = before.max_rank if max_rank is None else max_rank
+    allowed, multiple = (before.allowed, before.multiple) if ranks_allowed is None else _allowed(ranks_allowed)
+    if cap is not None and cap < (allowed[0] if allowed else multiple):
+        raise SelectionError(f"none of the allowed ranks is at most {cap}")
     if budget is not None:
         rule, value = BUDGET, float(parse_size(budget))
     elif error is not None:
-        if not 0 < error < 1:
+        if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1:
             raise SelectionError(f"the error must be between 0 and 1, not {error}")
         rule, value = ERROR, float(error)
-    elif rank is None and max_rank is not None:
+    elif rank is not None:
+        rule, value = parse_rule(rank)
+    elif instead_of is None and max_rank is not None and ranks_allowed is None:
         # As mergekit's --max-rank.
         rule, value = "rank", float(max_rank)
     else:
-        rule, value = parse_rule("auto" if rank is None else rank)
-    # An error is asked for in the plain norm; a budget or "auto" is to be spent where it shows.
-    weights = weights or ("delta" if rule == ERROR else "balanced")
-    return RankChoice(rule, value, weights, allowed, multiple, max_rank, layout)
+        rule, value = before.rule, before.value
+    if weights is None:
+        # An error is asked for in the plain norm; a budget or "auto" is to be spent where it shows.
+        usual = "delta" if rule == ERROR else "balanced"
+        weights = before.weights if instead_of is not None and rule == before.rule else usual
+    if weights not in WEIGHTS:
+        raise SelectionError(f"there are no weights `{weights}`: take one of {', '.join(WEIGHTS)}")
+    return RankChoice(rule, value, weights, allowed, multiple, cap, layout)
 
 
 def parse_rule(text: int | str) -> tuple[str, float]:
@@ -194,25 +194,19 @@ def parse_size(text: int | str) -> int:
     return nbytes
 
 
-def _allowed(given: str | Sequence[int] | None, max_rank: int | None) -> tuple[tuple[int, ...], int]:
+def _allowed(given: str | Sequence[int]) -> tuple[tuple[int, ...], int]:
     """The list of allowed ranks, and what they must be multiples of."""
-    if given is None:
-        return (), 1
     if isinstance(given, str):
         multiple = re.fullmatch(r"\s*(\d{1,6})x\s*", given)
         if multiple is not None and int(multiple[1]) > 0:
-            if max_rank is not None and max_rank < int(multiple[1]):
-                raise SelectionError(f"no multiple of {multiple[1]} is at most {max_rank}")
             return (), int(multiple[1])
-        parts: Sequence[int | str] = VLLM if given.strip().lower() == "vllm" else given.split(",")
+        parts = [*map(str, VLLM)] if given.strip().lower() == "vllm" else given.split(",")
     else:
-        parts = given
+        parts = [*map(str, given)]
     try:
         ranks = sorted({int(part) for part in parts})
     except ValueError:
         ranks = []
     if not ranks or ranks[0] < 1 or ranks[-1] > 2**20:
         raise SelectionError(f"`{given}` is not a list of ranks: write 8,16,32 or vllm or 8x (multiples of 8)")
-    if max_rank is not None and ranks[0] > max_rank:
-        raise SelectionError(f"none of the allowed ranks {given} is at most {max_rank}")
     return tuple(ranks), 1

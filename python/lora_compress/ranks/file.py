@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lora_compress._native import LoraCompressError, Spectrum, __version__
 from lora_compress.errors import PlanError
 from lora_compress.model import read_json
-from lora_compress.ranks.choice import LAYOUTS, RankChoice, choose
+from lora_compress.ranks.choice import LAYOUTS, RULES, RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
 from lora_compress.ranks.recognise import recognise
 
@@ -22,11 +23,12 @@ KIND = "lora-compress plan"
 SCHEMA_VERSION = 1
 # Points of the size–error curve that are written.
 POINTS = 200
+TREATMENTS = ("low-rank", "exact", "unchanged", "excluded", "missing", "tied")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object (schema: docs/plan.schema.json)."""
-    weights = plan.weights(plan.choice)
+    weights = plan.weights()
     return {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
@@ -75,17 +77,22 @@ def _tensor_json(tensor: TensorPlan, weight: float) -> dict[str, Any]:
             "low_rank": spectrum.low_rank,
             "stable_rank": spectrum.stable_rank,
             "effective_rank": spectrum.effective_rank,
-            # Nine digits are a thousand times finer than the tolerance that σ was found with.
-            "sigma": [float(f"{value:.9g}") for value in spectrum.sigma.tolist()],
+            # To the last bit: whether anything is left beyond them is a difference of large numbers.
+            "sigma": spectrum.sigma.tolist(),
         }
     return row
 
 
 def write(plan: Plan, path: Path) -> None:
     """Write the plan, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    write_whole(path, json.dumps(to_json(plan), allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.write_text(json.dumps(to_json(plan), allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -103,13 +110,16 @@ def read(path: Path) -> Plan:
             f"`{path}` has schema version {data.get('schema_version')!r}, this release reads {SCHEMA_VERSION}"
         )
     try:
+        tensors = tuple(_tensor(row) for row in _list(data, "tensors"))
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise PlanError("it names a tensor twice")
         plan = Plan(
             base=_text(data, "base"),
             tuned=_text(data, "tuned"),
             fingerprints={side: _text(data["fingerprints"], side) for side in ("base", "tuned")},
             options=_object(data, "options"),
             choice=_choice(_object(data, "choice")),
-            tensors=tuple(_tensor(row) for row in _list(data, "tensors")),
+            tensors=tensors,
             tuned_bytes=_count(data, "tuned_bytes"),
             seconds=_number(data, "seconds"),
         )
@@ -124,6 +134,8 @@ def _tensor(row: Any) -> TensorPlan:
     name = _text(row, "name")
     try:
         shape = tuple(_integer(size) for size in row["shape"])
+        if math.prod(shape) >= 2**62 or row["treatment"] not in TREATMENTS:
+            raise PlanError("its shape or treatment is none")
         energy, base_energy = (
             None if row[key] is None else _number(row, key) for key in ("delta_energy", "base_energy")
         )
@@ -166,7 +178,7 @@ def _choice(data: Mapping[str, Any]) -> RankChoice:
         asked = {"budget": int(value)}
     elif rule == "total-error":
         asked = {"error": value}
-    elif value:
+    elif RULES.get(rule) is not None:
         asked = {"rank": f"{rule}={value!r}"}
     ranks = f"{multiple}x" if multiple > 1 else [_integer(rank) for rank in allowed] or None
     cap = None if max_rank is None else _integer(max_rank)
@@ -186,9 +198,18 @@ def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _text(data: Any, key: str) -> str:
     value = data[key]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not _is_unicode(value):
         raise PlanError(f"`{key}` is not text")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON has halves of characters that nothing else has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list(data: Any, key: str) -> list[Any]:

@@ -52,7 +52,9 @@ def recognise(plan: Plan) -> Recognition:
         )
     elif relative >= LARGE and merged is None:
         kept = math.fsum(spectrum.energy - spectrum.rest(8) for spectrum in spectra) / energy
-        even = math.fsum(spectrum.energy for spectrum in spectra if spectrum.sigma[0] <= FLAT * spectrum.bulk_edge)
+        even = math.fsum(
+            spectrum.energy for spectrum in spectra if spectrum.sigma.max(initial=0.0) <= FLAT * spectrum.bulk_edge
+        )
         flat = " and its spectra are flat" if even > 0.5 * energy else ""
         warnings.append(
             f"‖ΔW‖ is {relative:.2f} × ‖W_base‖{flat}: more a retraining than a fine-tune; is this the right base? "

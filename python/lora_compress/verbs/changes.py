@@ -38,8 +38,8 @@ class Options:
         for name in ("include", "exclude", "embeddings"):
             patterns = getattr(self, name)
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype ({self.dtype}) must be one of {tuple(DTYPES)}")
+        if self.dtype not in DTYPES or not 0 <= self.seed < 2**64:
+            raise ValueError(f"dtype ({self.dtype}) must be one of {tuple(DTYPES)}, seed ({self.seed}) of 64 bits")
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Options:
@@ -51,7 +51,9 @@ class Options:
             options = cls(**values)
         except (TypeError, ValueError) as error:
             raise PlanError(f"the plan's options are malformed: {error}") from error
-        if [type(value) for value in vars(options).values()] != [type(value) for value in vars(cls()).values()]:
+        alike = [type(value) for value in vars(options).values()] == [type(value) for value in vars(cls()).values()]
+        patterns = (*options.include, *options.exclude, *options.embeddings)
+        if not alike or not all(isinstance(pattern, str) for pattern in patterns):
             raise PlanError("the plan's options are malformed")
         return options
 
@@ -121,18 +123,26 @@ def find_changes(base: str | Path, tuned: str | Path, target: Format, options: O
     )
 
 
+def unmeasured_account(pair: Pair) -> TensorAccount:
+    """The account of one changed pair as far as names, shapes and dtypes tell: `nbytes` is what is stored whatever its
+    rank.
+    """
+    rows = pair.new_rows if pair.treatment in {Treatment.LOW_RANK, Treatment.EXACT} else 0
+    stored = pair.tuned.nbytes if pair.treatment is Treatment.EXACT else _row_bytes(pair) * rows
+    account = TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment, new_rows=rows)
+    return replace(account, nbytes=stored)
+
+
 def account_of(changes: Changes, pair: Pair) -> TensorAccount:
     """The account of one changed pair before factors are found; of a matrix to decompose without its energies.
 
     Raises `TensorError` for values that are not finite.
     """
-    rows = pair.new_rows if pair.treatment in {Treatment.LOW_RANK, Treatment.EXACT} else 0
-    account = TensorAccount(pair.name, pair.base.dtype, tuple(pair.base.shape), pair.treatment, new_rows=rows)
+    account = unmeasured_account(pair)
     base, tuned = changes.base.checkpoint, changes.tuned.checkpoint
-    stored = pair.tuned.nbytes if pair.treatment is Treatment.EXACT else _row_bytes(pair) * rows
     if pair.base.dtype not in FLOATS or pair.tuned.dtype not in FLOATS:
         unknown = None if pair.treatment is not Treatment.EXACT else 0.0
-        return replace(account, nbytes=stored, delta_energy=None, base_energy=None, error_energy=unknown)
+        return replace(account, delta_energy=None, base_energy=None, error_energy=unknown)
     if pair.treatment is Treatment.EXCLUDED:
         try:
             energy, base_energy = energies(base, tuned, pair.name)
@@ -144,8 +154,8 @@ def account_of(changes: Changes, pair: Pair) -> TensorAccount:
         check_finite(tuned, pair.name, pair.base.shape[0])
     if pair.treatment is Treatment.EXACT:
         energy, base_energy = energies(base, tuned, pair.name)
-        return replace(account, delta_energy=energy, base_energy=base_energy, nbytes=stored)
-    return replace(account, nbytes=stored)
+        return replace(account, delta_energy=energy, base_energy=base_energy)
+    return account
 
 
 def untouched(changes: Changes) -> list[TensorAccount]:

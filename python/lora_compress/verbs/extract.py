@@ -23,7 +23,7 @@ from lora_compress.adapter import AdapterPlan, PlannedFactors
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import PlanError, SelectionError, TensorError
 from lora_compress.model import Model, last_component
-from lora_compress.ranks.choice import RankChoice, choose
+from lora_compress.ranks.choice import ERROR, RankChoice, choose
 from lora_compress.ranks.file import read
 from lora_compress.ranks.plan import Plan
 from lora_compress.ranks.recognise import recognise
@@ -38,6 +38,8 @@ from lora_compress.verbs.selection import Pair, Treatment
 if TYPE_CHECKING:
     from lora_compress.adapter import AdapterWriter, Float32Matrix
 
+# An error that was asked for may be missed by this, relatively, without a word.
+WITHIN = 1e-3
 # Copied with the adapter when the vocabulary grew: the base's tokenizer does not know the new entries.
 TOKENIZER = ("added_tokens.json", "chat_template.*", "merges.txt", "special_tokens_map.json", "tokenizer*", "vocab.*")
 
@@ -100,7 +102,7 @@ def extract(
     weights: str | None = None,
     ranks_allowed: str | Sequence[int] | None = None,
     max_rank: int | None = None,
-    layout: str = "peft",
+    layout: str | None = None,
     scale: float | Mapping[str, float] = 1.0,
     decomposition: str = "ab",
     format: str = "peft",  # noqa: A002 (the name of the option everywhere)
@@ -180,10 +182,14 @@ def extract(
     progress = progress or Silent()
     changes = find_changes(base, tuned, target, options, progress)
     if plan is not None:
-        check_made_for(plan, changes)
+        check_made_for(plan, changes, options)
     elif choice.fixed is None:
         plan = plan_changes(changes, choice, options, base=str(base), tuned=str(tuned), progress=progress)
     ranks = _ranks(changes, plan, choice)
+    if isinstance(scale, Mapping) and (
+        strangers := set(scale) - {last_component(pair.name) for pair in changes.low_rank}
+    ):
+        raise SelectionError(f"there is no kind of module `{min(strangers)}` to scale")
     adapter_plan = AdapterPlan(
         base=changes.base,
         base_name=base_name or str(base),
@@ -196,7 +202,9 @@ def extract(
         tied_embedding=changes.tied_embedding if ranks.get(changes.tied_embedding or "") else None,
         embeddings=changes.embeddings,
     )
-    job = partial(_decompose, changes, method, host.decompositions.origin(method.name), ranks, options, choice, scale)
+    energies = {tensor.name: tensor.delta_energy for tensor in plan.low_rank} if plan is not None else {}
+    origin = host.decompositions.origin(method.name)
+    job = partial(_decompose, changes, method, origin, ranks, energies, options, choice, scale)
     job = partial(job, tolerance=tolerance, workspace=Workspace())
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
         with plugins.blame(host.formats.origin(target.name), "failed to begin an adapter"):
@@ -223,7 +231,7 @@ def extract(
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract({choice.describe()})",
             "causal_lm": changes.base.architecture.endswith("ForCausalLM"),
-            "rank": max(ranks.values(), default=0),
+            "rank": max(account.rank for account in accounts),
             "choice": choice.to_json(),
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
             "decomposition": method.name,
@@ -249,23 +257,44 @@ def extract(
         adapter_bytes,
         sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
         time.perf_counter() - started,
-        (*changes.warnings, *(recognise(plan).warnings if plan is not None else ())),
+        (*changes.warnings, *(recognise(plan).warnings if plan is not None else ()), *_broken_wishes(choice, accounts)),
     )
+
+
+def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount]) -> list[str]:
+    """Warnings where what is stored is not what was asked for."""
+    warnings = []
+    error = total_error(accounts)
+    if choice.rule == ERROR and error > choice.value * (1 + WITHIN):
+        warnings.append(
+            f"the stored factors leave a relative error of {error:.4g}, above the {choice.value:g} asked for: their "
+            "rounding (--dtype F32 has less) and a scale other than 1 are not planned for"
+        )
+    matrices = [account for account in accounts if account.treatment is Treatment.LOW_RANK and account.delta_energy]
+    if matrices and not any(account.rank for account in matrices):
+        warnings.append(
+            "no direction of any matrix is worth storing under this choice: the adapter holds exact tensors only"
+        )
+    return warnings
 
 
 def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str, int]:
     """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
+    uniform = choice.layout == "uniform"
     if plan is not None:
         ranks = dict(plan.ranks)
     else:
-        fixed = choice.fixed or 0
-        limit = 2**31 if choice.layout == "uniform" else None
-        ranks = {pair.name: min(fixed, limit or min(pair.base.shape)) for pair in changes.low_rank}
-    if choice.layout == "uniform":
+        shorter = {pair.name: min(pair.base.shape) for pair in changes.low_rank}
+        largest = max(shorter.values(), default=0)
+        fixed = choice.round_up(min(int(choice.value), largest)) if uniform else choice.fixed or 0
+        pads = uniform or choice.has_ladder
+        ranks = {name: fixed if pads else min(fixed, limit) for name, limit in shorter.items()}
+    if uniform:
         # Some servers drop a whole kind of module when one layer lacks it.
         rank, kinds = max(ranks.values(), default=0), {last_component(name) for name in ranks}
-        unchanged = [pair.name for pair in changes.pairs if pair.treatment is Treatment.UNCHANGED and pair.is_matrix]
-        ranks = dict.fromkeys(ranks, rank) | {name: rank for name in unchanged if last_component(name) in kinds}
+        same = [pair.name for pair in changes.pairs if pair.treatment is Treatment.UNCHANGED and pair.is_matrix]
+        same += [pair.name for pair in changes.low_rank if pair.name not in ranks]
+        ranks |= {name: rank for name in same if last_component(name) in kinds}
     return ranks
 
 
@@ -274,6 +303,7 @@ def _decompose(
     method: Decomposition,
     origin: str,
     ranks: Mapping[str, int],
+    planned_energies: Mapping[str, float | None],
     options: Options,
     choice: RankChoice,
     scale: float | Mapping[str, float],
@@ -288,11 +318,16 @@ def _decompose(
         return account, None
     delta = Delta(changes.base.checkpoint, changes.tuned.checkpoint, pair.name, workspace)
     account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
+    planned = planned_energies.get(pair.name)
+    if planned is not None and abs(planned - delta.energy) > 1e-9 * delta.energy:
+        raise PlanError(f"`{pair.name}` has changed since it was planned: plan again")
     rank = ranks.get(pair.name, 0)
+    pads = choice.layout == "uniform" or choice.has_ladder
     if delta.energy == 0.0 or rank == 0:
         # Without energy but with other bytes: zeros of another sign, or new rows only. Or not worth a direction.
-        factors = _padded(np.zeros((delta.shape[0], 0)), np.zeros((0, delta.shape[1])), rank) if rank else None
-        return replace(account, error_energy=delta.energy), factors if choice.layout == "uniform" else None
+        zeros = _padded(np.zeros((delta.shape[0], 0)), np.zeros((0, delta.shape[1])), rank)
+        factors = zeros if rank and choice.layout == "uniform" else None
+        return replace(account, rank=rank if factors else 0, error_energy=delta.energy), factors
     with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
         b, a = method.lower(method.fit(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
         factor = scale.get(last_component(pair.name), 1.0) if isinstance(scale, Mapping) else scale
@@ -302,8 +337,8 @@ def _decompose(
         error = delta.residual_energy(b, a)
     if not error < float("inf"):
         raise TensorError(f"`{pair.name}`: its factors overflow {options.dtype}; use --dtype F32")
-    account = replace(account, rank=b.shape[1], error_energy=error)
-    return account, _padded(b, a, rank) if choice.layout == "uniform" else (b, a)
+    b, a = _padded(b, a, rank) if pads else (b, a)
+    return replace(account, rank=b.shape[1], error_energy=error), (b, a)
 
 
 def _padded(b: Any, a: Any, rank: int) -> tuple[Float32Matrix, Float32Matrix]:
@@ -319,7 +354,7 @@ def _pad_unchanged(writer: AdapterWriter, changes: Changes, ranks: Mapping[str, 
     for account in untouched(changes):
         if ranks.get(account.name) and account.treatment is Treatment.UNCHANGED:
             zeros = _padded(np.zeros((account.shape[0], 0)), np.zeros((0, account.shape[1])), ranks[account.name])
-            account = replace(account, nbytes=writer.write(account.name, *zeros))
+            account = replace(account, rank=ranks[account.name], nbytes=writer.write(account.name, *zeros))
         accounts.append(account)
     return accounts
 

@@ -49,6 +49,14 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
         raise OutputExistsError(f"`{out}` exists and is not empty: choose another output or pass --force")
 
 
+def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """As `check`, for a file; makes its folder."""
+    check(out, force=force, inputs=inputs)
+    if out.is_dir():
+        raise OutputExistsError(f"`{out}` is a directory: choose a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _replace(out: Path, partial: Path) -> None:
     """Put `partial` in the place of the directory `out`, which survives until its successor stands."""
     old = out.parent / f".{out.name}.{secrets.token_hex(8)}.old"

@@ -18,7 +18,7 @@ from lora_compress.errors import PlanError, SelectionError
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
 from lora_compress.verbs.account import TensorAccount
-from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, untouched
+from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, unmeasured_account, untouched
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Pair, Treatment
@@ -37,7 +37,7 @@ def plan(
     weights: str | None = None,
     ranks_allowed: str | Sequence[int] | None = None,
     max_rank: int | None = None,
-    layout: str = "peft",
+    layout: str | None = None,
     bound: int | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -54,6 +54,8 @@ def plan(
 
     Raises as `extract` does.
     """
+    if bound is not None and bound < 1:
+        raise ValueError(f"bound ({bound}) must be at least 1")
     choice = choose(
         rank=rank,
         budget=budget,
@@ -104,18 +106,36 @@ def plan_changes(
         )
 
 
-def check_made_for(plan: Plan, changes: Changes) -> None:
-    """Raise `PlanError` for a plan of other models than these, or of what they were before they changed."""
+def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
+    """Raise `PlanError` for a plan that cannot be followed: of other models than these or of what they were before they
+    changed, of other tensors or sizes, or without the σ that its ranks depend on.
+    """
     for side, model, name in (("base", changes.base, plan.base), ("tuned", changes.tuned, plan.tuned)):
         if fingerprint(model.checkpoint) != plan.fingerprints[side]:
             raise PlanError(
                 f"the plan was made for another {side} model than `{model.path}` (it says `{name}`), or that has "
                 "changed since: plan again"
             )
-    planned = {tensor.name for tensor in plan.tensors}
-    lacking = [pair.name for pair in changes.low_rank if pair.name not in planned]
-    if lacking:
-        raise PlanError(f"the plan says nothing of `{lacking[0]}`: plan again")
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    accounts = {account.name: account for account in untouched(changes)}
+    for pair in changes.changed:
+        accounts[pair.name] = unmeasured_account(pair)
+    units = {pair.name: changes.unit(pair, options.dtype) for pair in changes.low_rank}
+    for name in sorted({*planned, *accounts}):
+        tensor, account = planned.get(name), accounts.get(name)
+        if tensor is None or account is None:
+            raise PlanError(f"`{name}` is {'not in the plan' if tensor is None else 'in the plan only'}: plan again")
+        unit = units.get(name, 0) if tensor.spectrum is not None else 0
+        has_none = tensor.spectrum is None and name in units and tensor.delta_energy != 0.0
+        said = (tensor.shape, tensor.treatment, tensor.new_rows, tensor.fixed, tensor.unit)
+        found = (account.shape, account.treatment.value, account.new_rows, account.nbytes, unit)
+        if said != found or has_none:
+            raise PlanError(f"the plan does not say of `{name}` what the models do: plan again")
+    if plan.unsettled:
+        raise PlanError(
+            f"the rank of `{plan.unsettled[0]}` depends on singular values that the plan does not have: plan again "
+            "from the models with this choice"
+        )
 
 
 Measured = dict[str, tuple[TensorAccount, Spectrum | None]]
@@ -167,9 +187,9 @@ def _first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
     The directions that stand out of white noise, which "auto" looks for, are rarely more than a thirtieth of the
     shorter side of a large matrix. A cap needs one more than it allows: a cliff is seen from both sides.
     """
-    if choice.rule == "rank" and choice.fixed is not None:
-        return choice.fixed
     natural = max(48, min(shape) // 32)
+    if choice.rule == "rank":
+        return max(natural, int(choice.value))
     return natural if choice.max_rank is None else min(natural, choice.max_rank + 1)
 
 

@@ -85,8 +85,9 @@ proptest! {
     ) {
         let candidates: Vec<Candidate<'_>> = spectra.iter().zip(&weights).map(|(spectrum, &weight)| {
             let limit = spectrum.sigma().len();
-            let mut ranks: Vec<usize> = ladder.iter().map(|&rank| rank.min(limit)).collect();
-            ranks.dedup();
+            // The first rank beyond the last direction is allowed: a server may know no other.
+            let end = ladder.iter().position(|&rank| rank >= limit).map_or(ladder.len(), |last| last + 1);
+            let ranks = ladder[..end].to_vec();
             Candidate { spectrum, weight, unit: (spectrum.rows() + spectrum.cols()) as u64, ranks }
         }).collect();
         let whole: f64 = candidates.iter().map(|candidate| candidate.weight * candidate.spectrum.energy()).sum();
@@ -110,6 +111,14 @@ proptest! {
             prop_assert!(rest(&greedy) <= best + 1e-9);
         }
 
+        // An error is one in the plain norm, whatever the weights; the cheapest way to it is found where there are none.
+        let energy: f64 = candidates.iter().map(|candidate| candidate.spectrum.energy()).sum();
+        let rest = |ranks: &[usize]| candidates.iter().zip(ranks).map(|(candidate, &rank)| candidate.spectrum.rest(rank)).sum::<f64>() / energy;
+        if let Some(found) = allocation.ranks(Goal::Error(error)) {
+            prop_assert!(rest(&found) <= error * error + 1e-9);
+        }
+        let unweighted: Vec<Candidate<'_>> = candidates.iter().map(|candidate| Candidate { weight: 1.0, ranks: candidate.ranks.clone(), ..*candidate }).collect();
+        let allocation = Allocation::new(&unweighted);
         if let Some(found) = allocation.ranks(Goal::Error(error)) {
             prop_assert!(rest(&found) <= error * error + 1e-9);
             let cheapest = everything.iter().filter(|ranks| rest(ranks) <= error * error).map(|ranks| bytes(ranks)).min().unwrap_or(u64::MAX);
@@ -191,6 +200,23 @@ fn pure_noise_and_smooth_decay_are_not_low_rank() {
     for power in [0.25, 0.5, 1.0] {
         let decaying = complete((200, 300), (1..=200).map(|i| f64::from(i).powf(-power)).collect());
         assert_eq!(cut(&decaying, 100).low_rank(), None, "{power}");
+    }
+}
+
+#[test]
+fn a_small_matrix_of_full_rank_is_not_low_rank() {
+    for size in 1..8 {
+        let spectrum = complete((size, 300), (1..=size).map(|i| 1.0 / i as f64).collect());
+        assert_eq!(spectrum.low_rank(), None, "{size}");
+    }
+}
+
+#[test]
+fn an_end_that_is_near_is_suspected() {
+    // Equal directions: 40 of them are left after 48, and 160.
+    for (count, near) in [(88, true), (208, false)] {
+        let spectrum = complete((300, 300), (0..300).map(|i| f64::from(i < count)).collect());
+        assert_eq!(cut(&spectrum, 48).may_end_soon(), near);
     }
 }
 

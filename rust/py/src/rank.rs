@@ -118,6 +118,12 @@ impl Spectrum {
         self.inner.low_rank()
     }
 
+    /// Whether a cliff may lie just beyond the σ that are known.
+    #[getter]
+    fn may_end_soon(&self) -> bool {
+        self.inner.may_end_soon()
+    }
+
     /// ‖Δ − Δ_k‖ / ‖Δ‖ for the first `rank` directions.
     fn error(&self, rank: usize) -> f64 {
         self.inner.error(rank)
@@ -154,14 +160,14 @@ impl Spectrum {
     }
 }
 
-/// Steps of an allocation: tensor, rank, bytes, gain.
+/// Steps of an allocation: tensor, rank, bytes, share.
 type Steps<'py> =
     (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>);
 
 /// Ranks of many tensors at once: bytes go where they lower Σ weight·‖Δ − Δ_k‖² most.
 ///
 /// For tensor i `weights[i]` is the worth of a unit of energy, `units[i]` the bytes that one more rank takes, `ranks[i]` the allowed
-/// ranks above 0, ascending; those beyond the σ known are left out. Optimal up to the last step taken.
+/// ranks above 0, ascending; those beyond the σ known are left out where more are above 0. Optimal up to the last step taken.
 #[pyclass(frozen, module = "lora_compress._native")]
 pub struct Allocation {
     inner: core::Allocation,
@@ -203,9 +209,12 @@ impl Allocation {
         self.inner.ranks(core::Goal::Budget(nbytes)).unwrap_or_default()
     }
 
-    /// The cheapest ranks with √(Σ w‖Δ − Δ_k‖² / Σ w‖Δ‖²) ≤ `error`; None where the allowed ranks do not reach that.
-    fn for_error(&self, error: f64) -> Option<Vec<usize>> {
-        self.inner.ranks(core::Goal::Error(error))
+    /// The first steps, by falling worth, with √(Σ‖Δ − Δ_k‖² / Σ‖Δ‖²) ≤ `error`; None where the allowed ranks do not reach that.
+    fn for_error(&self, error: f64) -> PyResult<Option<Vec<usize>>> {
+        if !(0.0..=1.0).contains(&error) {
+            return Err(PyValueError::new_err(format!("an error lies between 0 and 1, not at {error}")));
+        }
+        Ok(self.inner.ranks(core::Goal::Error(error)))
     }
 
     /// All steps that lower Σ w‖Δ − Δ_k‖² / Σ w‖Δ‖² by at least `worth` for each byte.
@@ -213,11 +222,11 @@ impl Allocation {
         self.inner.ranks(core::Goal::Worth(worth)).unwrap_or_default()
     }
 
-    /// The steps by falling worth: index of the tensor, its rank from there on, bytes added, share of Σ w‖Δ‖² gained.
+    /// The steps by falling worth: index of the tensor, its rank from there on, bytes added, share of Σ‖Δ‖² captured.
     fn steps<'py>(&self, py: Python<'py>) -> Steps<'py> {
         let steps = self.inner.steps();
         let column = |of: fn(&core::Step) -> u64| steps.iter().map(of).collect::<Vec<_>>().into_pyarray(py);
-        let gains = steps.iter().map(|step| step.gain).collect::<Vec<_>>().into_pyarray(py);
-        (column(|step| step.tensor as u64), column(|step| step.rank as u64), column(|step| step.bytes), gains)
+        let shares = steps.iter().map(|step| step.share).collect::<Vec<_>>().into_pyarray(py);
+        (column(|step| step.tensor as u64), column(|step| step.rank as u64), column(|step| step.bytes), shares)
     }
 }

@@ -1,17 +1,18 @@
 // Ranks for a budget, as `rust/core/src/rank/allocate.rs` and `Plan.choose` find them: same steps, same order, same sums,
 // so that the page and the command agree to the byte.
 
-/** Allowed ranks above 0 for a tensor that has at most `limit`, ascending. */
+/**
+ * Allowed ranks above 0 for a tensor that can use `limit`, ascending. The last one may be beyond the limit, padded with zeros,
+ * where a smaller one would lose directions.
+ */
 function ladder(choice, limit) {
+  const { ranks_allowed: allowed, multiple } = choice;
   const cap = choice.max_rank ?? Infinity;
-  const highest = Math.min(limit, cap);
-  let ranks = choice.ranks_allowed;
-  if (ranks.length === 0) {
-    ranks = [];
-    for (let rank = choice.multiple; rank < highest + choice.multiple; rank += choice.multiple) ranks.push(rank);
-  }
-  const capped = ranks.filter((rank) => rank <= cap).map((rank) => Math.min(rank, highest));
-  return [...new Set(capped)].sort((a, b) => a - b);
+  const last = allowed.length ? Math.max(...allowed) : Math.ceil(limit / multiple) * multiple;
+  const multiples = Array.from({ length: Math.floor(Math.min(last, cap) / multiple) }, (_, at) => (at + 1) * multiple);
+  const rungs = allowed.length ? allowed.filter((rank) => rank <= cap) : multiples;
+  const end = rungs.findIndex((rank) => rank >= limit);
+  return end < 0 ? rungs : rungs.slice(0, end + 1);
 }
 
 /** Steps of all tensors by falling worth: each takes a tensor to its next allowed rank. */
@@ -21,8 +22,8 @@ function orderedSteps(tensors, choice) {
   tensors.forEach((tensor, index) => {
     let from = 0;
     let worth = Infinity;
-    for (const rank of tensor.ladder ?? ladder(choice, tensor.limit)) {
-      if (rank > tensor.known) break;
+    for (const rank of tensor.ladder ?? ladder(choice, tensor.useful)) {
+      if (!tensor.complete && rank > tensor.known) break;
       if (rank <= from || whole <= 0) continue;
       const bytes = tensor.unit * (rank - from);
       const most = worth * Math.max(bytes, 1);
@@ -49,7 +50,9 @@ class Allocation {
     this.least = plan.leastBytes;
     this.uniform = plan.choice.layout === "uniform";
     this.unit = this.tensors.reduce((sum, tensor) => sum + tensor.unit, 0);
-    this.limit = Math.max(0, ...this.tensors.map((tensor) => tensor.limit));
+    this.limit = Math.max(0, ...this.tensors.map((tensor) => tensor.useful));
+    const unknown = this.tensors.some((tensor) => !tensor.complete);
+    this.known = unknown ? Math.max(0, ...this.tensors.map((tensor) => tensor.known)) : Infinity;
     this.ladder = this.limit > 0 ? ladder(this.choice, this.limit) : [0];
     this.steps = this.uniform ? [] : orderedSteps(this.tensors, this.choice);
   }
@@ -57,8 +60,7 @@ class Allocation {
   /** The smallest budget that can be met, and the one beyond which nothing more is known to buy. */
   get range() {
     if (this.uniform) {
-      const known = Math.max(0, ...this.tensors.map((tensor) => tensor.known));
-      const top = this.ladder.findLast((rank) => rank <= known) ?? this.ladder[0];
+      const top = this.ladder.findLast((rank) => rank <= this.known) ?? this.ladder[0];
       return [this.least + this.ladder[0] * this.unit, this.least + top * this.unit];
     }
     return [this.least, this.least + this.steps.reduce((sum, step) => sum + step.bytes, 0)];
@@ -91,9 +93,9 @@ class Allocation {
   /** Tensors whose rank is all that the plan knows of them: with more σ the allocation could differ. */
   unsettled(ranks) {
     return this.tensors.filter((tensor, index) => {
-      if (tensor.complete || tensor.known >= tensor.limit) return false;
-      if (this.uniform) return tensor.known < Math.min(ranks[index], tensor.limit);
-      const usable = ladder(this.choice, tensor.limit).filter((rank) => rank <= tensor.known);
+      if (tensor.complete || tensor.known >= Math.min(tensor.useful, this.choice.max_rank ?? Infinity)) return false;
+      if (this.uniform) return tensor.known < Math.min(ranks[index], tensor.useful);
+      const usable = ladder(this.choice, tensor.useful).filter((rank) => rank <= tensor.known);
       return ranks[index] === Math.max(0, ...usable);
     });
   }
@@ -101,8 +103,7 @@ class Allocation {
   /** Ranks along the size–error curve: at most `count` of them, evenly spread over the logarithm of the size. */
   *curve(count) {
     if (this.uniform) {
-      const known = Math.max(0, ...this.tensors.map((tensor) => tensor.known));
-      for (const rank of this.ladder) if (rank <= known) yield this.tensors.map(() => rank);
+      for (const rank of this.ladder) if (rank <= this.known) yield this.tensors.map(() => rank);
       return;
     }
     const ranks = this.tensors.map(() => 0);

@@ -25,6 +25,10 @@ function readTensor(row) {
   tensor.limit = Math.min(...row.shape);
   tensor.noise = tensor.energy > 0 ? Math.min(row.rounding_energy / tensor.energy, 1) : 0;
   tensor.complete = tensor.known === tensor.limit || rest(tensor, tensor.known) <= 1e-9 * tensor.energy;
+  // No budget buys what cannot be told from rounding noise.
+  const above = row.sigma.filter((value) => value > row.noise_edge).length;
+  const settled = above < tensor.known || tensor.complete;
+  tensor.useful = row.low_rank ?? (settled ? above : tensor.limit);
   return tensor;
 }
 
@@ -99,7 +103,7 @@ function choiceInWords({ rule, value, ranks_allowed: allowed, multiple, max_rank
     rank: `rank ${value} for every matrix`,
     energy: `in every matrix the directions that hold ${percent(value)} of ‖ΔW‖²`,
     error: `in every matrix a relative error of at most ${figures(value)}`,
-    threshold: `every direction with σ of at least ${figures(value)}`,
+    threshold: `every direction with σ above ${figures(value)}`,
     ratio: `every direction with σ of at least σ₁ / ${figures(value)}`,
     "bulk-edge": "every direction that stands out of white noise with the energy of its ΔW",
     "noise-edge": "every direction above what rounding noise alone would have",
@@ -115,6 +119,9 @@ function choiceInWords({ rule, value, ranks_allowed: allowed, multiple, max_rank
   return `${rules[rule] ?? rule}${limits.length ? ` (${limits.join("; ")})` : ""}`;
 }
 
+// Rules that take a value.
+const VALUED = ["energy", "error", "threshold", "ratio"];
+
 /**
  * The words of the command that extracts this adapter, each quoted for a shell; `budget` is a size as text, or null for
  * the plan's own choice.
@@ -126,7 +133,7 @@ function command(plan, budget) {
   if (budget !== null) words.push("--budget", budget);
   else if (rule === "budget") words.push("--budget", String(value));
   else if (rule === "total-error") words.push("--error", String(value));
-  else words.push("--rank", rule === "rank" ? String(value) : value ? `${rule}=${value}` : rule);
+  else words.push("--rank", rule === "rank" ? String(value) : VALUED.includes(rule) ? `${rule}=${value}` : rule);
   const usual = budget === null && rule === "total-error" ? "delta" : "balanced";
   if (weights !== usual) words.push("--weights", quoted(weights));
   if (allowed.length) words.push("--ranks-allowed", allowed.join(","));

@@ -19,7 +19,8 @@ pub struct Candidate<'a> {
     pub weight: f64,
     /// Bytes that one more rank takes.
     pub unit: u64,
-    /// Allowed ranks above 0, ascending. Ranks beyond the σ known are left out.
+    /// Allowed ranks above 0, ascending. Those beyond the σ known are left out, unless no other σ is above 0: such a rank costs what
+    /// it costs and gains what there is.
     pub ranks: Vec<usize>,
 }
 
@@ -28,7 +29,7 @@ pub struct Candidate<'a> {
 pub enum Goal {
     /// At most this many bytes.
     Budget(u64),
-    /// √(Σ w‖Δ − Δ_k‖² / Σ w‖Δ‖²) at most this.
+    /// √(Σ‖Δ − Δ_k‖² / Σ‖Δ‖²) at most this: weights decide what is taken first, and not what is an error.
     Error(f64),
     /// Every step that lowers Σ w‖Δ − Δ_k‖² / Σ w‖Δ‖² by at least this for each byte.
     Worth(f64),
@@ -45,6 +46,8 @@ pub struct Step {
     pub bytes: u64,
     /// Share of Σ w‖Δ‖² that it captures.
     pub gain: f64,
+    /// Share of Σ‖Δ‖² that it captures.
+    pub share: f64,
 }
 
 impl Step {
@@ -67,18 +70,22 @@ impl Allocation {
     #[must_use]
     pub fn new(candidates: &[Candidate<'_>]) -> Self {
         let whole: f64 = candidates.iter().map(|candidate| candidate.weight * candidate.spectrum.energy()).sum();
+        let plain: f64 = candidates.iter().map(|candidate| candidate.spectrum.energy()).sum();
         let mut steps = Vec::new();
         for (tensor, candidate) in candidates.iter().enumerate() {
             let (mut from, mut worth) = (0, f64::INFINITY);
-            for &rank in candidate.ranks.iter().filter(|&&rank| rank <= candidate.spectrum.sigma().len()) {
+            let spectrum = candidate.spectrum;
+            let known = if spectrum.is_complete() { usize::MAX } else { spectrum.sigma().len() };
+            for &rank in candidate.ranks.iter().filter(|&&rank| rank <= known) {
                 if rank <= from || whole <= 0.0 {
                     continue;
                 }
-                let gain = candidate.weight * (candidate.spectrum.rest(from) - candidate.spectrum.rest(rank)) / whole;
+                let captured = spectrum.rest(from) - spectrum.rest(rank);
+                let gain = candidate.weight * captured / whole;
                 let bytes = candidate.unit * (rank - from) as u64;
                 // Rounding must not let a later step overtake an earlier one.
                 let gain = gain.min(worth * bytes.max(1) as f64);
-                let step = Step { tensor, rank, bytes, gain };
+                let step = Step { tensor, rank, bytes, gain, share: captured / plain };
                 if gain <= 0.0 {
                     break;
                 }
@@ -128,13 +135,13 @@ impl Allocation {
         Some(ranks)
     }
 
-    /// Steps by falling worth until no more than `most` of Σ w‖Δ‖² is left; then, from the last to the first, those are taken
+    /// Steps by falling worth until no more than `most` of Σ‖Δ‖² is left; then, from the last to the first, those are taken
     /// back that were not needed in the end.
     fn for_error(&self, most: f64) -> Option<Vec<usize>> {
         let most = most * (1.0 + ROUNDING) + ROUNDING * ROUNDING;
         let (mut rest, mut taken) = (1.0, 0);
         while rest > most {
-            rest -= self.steps.get(taken)?.gain;
+            rest -= self.steps.get(taken)?.share;
             taken += 1;
         }
         let mut ranks = vec![0; self.tensors];
@@ -142,11 +149,11 @@ impl Allocation {
         let mut needed = vec![false; self.tensors];
         for (at, step) in self.steps[..taken].iter().enumerate().rev() {
             // Only the last step of a tensor can be taken back.
-            if needed[step.tensor] || rest + step.gain > most {
+            if needed[step.tensor] || rest + step.share > most {
                 needed[step.tensor] = true;
                 continue;
             }
-            rest += step.gain;
+            rest += step.share;
             let before = self.steps[..at].iter().rev().find(|other| other.tensor == step.tensor);
             ranks[step.tensor] = before.map_or(0, |step| step.rank);
         }

@@ -192,7 +192,8 @@ impl Spectrum {
     #[must_use]
     pub fn low_rank(&self) -> Option<usize> {
         let size = self.rows.min(self.cols);
-        let ranks = 1..=self.sigma.len().min(size - size / 4);
+        // A Δ of nearly full rank is no low-rank one, however small it is.
+        let ranks = 1..=self.sigma.len().min(size - size.div_ceil(4));
         if let Some(exact) = ranks.clone().find(|&rank| self.rest(rank) <= NOTHING * self.energy) {
             return Some(exact);
         }
@@ -203,6 +204,14 @@ impl Spectrum {
             (fall >= CLIFF && is_noise).then_some((rank, fall))
         });
         cliffs.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(rank, _)| rank)
+    }
+
+    /// Whether a cliff may lie beyond the σ that are known: as many directions again as are known, twice over, of the size of the
+    /// last one would hold all that is left. (In a fine-tune far more than that are left.)
+    #[must_use]
+    pub fn may_end_soon(&self) -> bool {
+        let Some(&last) = self.sigma.last() else { return !self.is_complete() };
+        !self.is_complete() && self.rest(self.sigma.len()) <= 2.0 * self.sigma.len() as f64 * last * last
     }
 
     /// The largest σ that white noise with all the energy beyond the first `rank` directions would have; 0 where none is left.
