@@ -250,6 +250,18 @@ def test_output_that_cannot_be_written_is_named(pair: Pair, tmp_path: Path) -> N
     assert result.stderr.count("\n") == 1
 
 
+def test_names_do_nothing_to_the_terminal(run: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    name = "evil\x1b[2Jname.weight"
+    base = {name: rng.standard_normal((8, 8)).astype(np.float32)}
+    save(tmp_path / "base", base, {})
+    save(tmp_path / "tuned", {name: base[name] + rng.standard_normal((8, 8)).astype(np.float32)}, {})
+    code, text, errors = run("plan", tmp_path / "base", tmp_path / "tuned", "--tensors", "--rank", 2)
+    assert code == 0
+    assert "\x1b" not in text + errors
+    assert "evil\\x1b[2Jname.weight" in text
+
+
 def test_plan_then_extract(run: Any, pair: Pair, tmp_path: Path) -> None:
     saved = tmp_path / "plan.json"
     code, text, errors = run("plan", *pair, "--budget", "60kB", "-o", saved)

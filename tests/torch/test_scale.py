@@ -81,6 +81,20 @@ def test_the_command(calibration: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert lora_compress.verify(BASE, TUNED, tmp_path / "out").ok
 
 
+def test_what_cannot_be_searched_is_refused(calibration: Path, tmp_path: Path) -> None:
+    lora_compress.extract(BASE, TUNED, tmp_path / "scaled", rank=2, scale=1.1)
+    with pytest.raises(lora_compress.SelectionError, match="already has a scale"):
+        search_scale(BASE, TUNED, tmp_path / "scaled", calibration)
+    lora_compress.extract(BASE, TUNED, tmp_path / "one", rank=2)
+    np.save(tmp_path / "high.npy", np.arange(200, 400))
+    with pytest.raises(lora_compress.SelectionError, match="from 200 to 399, the model has 256"):
+        search_scale(BASE, TUNED, tmp_path / "one", tmp_path / "high.npy", context=50)
+    asked = ["extract", str(BASE), str(TUNED), "-o", str(tmp_path / "x"), "--calibration", str(calibration)]
+    assert cli._run(asked) == cli.EXIT_USAGE
+    searched = [*asked[:4], str(tmp_path / "one"), *asked[5:], "--scale", "search"]
+    assert cli._run(searched) == cli.EXIT_FAILED, "the output exists: said before any work"
+
+
 @pytest.mark.parametrize("content", ["[]", '["a"]', "[1, 2, 3]", "[1.5, 2.5]", "{}", "[[1, 2], [3]]"])
 def test_what_holds_no_tokens_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(content)

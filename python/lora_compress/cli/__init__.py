@@ -101,7 +101,9 @@ def _run(args: list[str] | None) -> int:
         message = _explain(error)
         if message is None:
             raise
-        click.echo(f"{click.style('error', fg='red', bold=True)}: {message}", err=True)
+        from lora_compress.cli._console import printable
+
+        click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(message)}", err=True)
         return EXIT_FAILED
     return int(code or 0)
 

@@ -91,15 +91,20 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         # On a narrow terminal names are folded; numbers stay whole.
         table.add_column(column.rstrip(), justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     # Piped output has no width of its own: do not cut names at 80 columns.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: names of tensors come from files of strangers."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def warn(messages: Sequence[str], *, limit: int = 5) -> None:
     """Warnings on stderr."""
     for message in messages[:limit]:
-        click.echo(f"{click.style('warning', fg='yellow')}: {message}", err=True)
+        click.echo(f"{click.style('warning', fg='yellow')}: {printable(message)}", err=True)
     if len(messages) > limit:
         click.echo(f"{click.style('warning', fg='yellow')}: and {len(messages) - limit} more of that kind", err=True)
 

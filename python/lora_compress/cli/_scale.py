@@ -55,6 +55,10 @@ def found_scale(
         extract(base, tuned, adapter, **given)
         found = search_scale(base, tuned, adapter, calibration, by_module=by_module, progress=tell)
     before, after = found.heldout
+    if found.at_edge:
+        tell(
+            "the best scale lies at the end of the interval that was searched: ranks may be too low for this fine-tune"
+        )
     tell(
         f"scale {found.scale}: on held-out tokens KL(tuned ‖ adapter) is {after:.5f}, at scale 1 it is {before:.5f}"
         if found.improved

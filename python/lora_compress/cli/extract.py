@@ -82,22 +82,24 @@ def command(
         base, tuned = base_option, model_option
     if base is None or tuned is None or (base_option is not None) != (model_option is not None):
         raise click.UsageError("both BASE and TUNED are needed")
+    from lora_compress.verbs import output
     from lora_compress.verbs.extract import extract
 
     asked = choice_of(given)
     given |= {"format": format_, **asked}
+    output.check(given["out"], force=given["force"], inputs=(base, tuned))
+    found = None
+    if scale != SEARCH and (calibration is not None or scale_by_module):
+        raise click.UsageError("--calibration and --scale-by-module belong to --scale search")
     if scale == SEARCH:
         settings = {name: value for name, value in given.items() if name not in {"out", "force"}}
-        given["scale"] = found_scale(
-            base, tuned, calibration, by_module=scale_by_module, quiet=quiet or as_json, **settings
-        ).scale
-    else:
-        given["scale"] = scale
+        found = found_scale(base, tuned, calibration, by_module=scale_by_module, quiet=quiet or as_json, **settings)
+    given["scale"] = scale if found is None else found.scale
     with progress(quiet=quiet or as_json) as bar:
         result = extract(base, tuned, command=command_line(), progress=bar, **given)
     warn(result.warnings)
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | ({} if found is None else {"scale_search": found.to_json()}))
     elif not quiet:
         totals = result.to_json()["totals"]
         rows = [

@@ -10,12 +10,14 @@ COLUMNS = 6.5
 PROBE = 64
 # Bytes of a process before it has read anything, and what small tensors in flight add.
 PROCESS = 60_000_000
+# Seconds that opening, comparing and writing a small model take.
+STARTING = 0.2
 
 
 def seconds(plan: Plan) -> float:
     """Seconds that an extraction at the plan's ranks would take on the machine that planned."""
     planned = sum(_work(tensor, len(tensor.spectrum.sigma)) for tensor in plan.low_rank if tensor.spectrum is not None)
-    return plan.seconds * sum(_work(tensor, tensor.rank) for tensor in plan.low_rank) / max(planned, 1.0)
+    return STARTING + plan.seconds * sum(_work(tensor, tensor.rank) for tensor in plan.low_rank) / max(planned, 1.0)
 
 
 def memory(plan: Plan) -> int:

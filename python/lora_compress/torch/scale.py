@@ -22,6 +22,7 @@ from lora_compress.errors import SelectionError
 from lora_compress.model import Model, last_component
 from lora_compress.torch.tokens import read_tokens
 from lora_compress.verbs.merge import read_adapter
+from lora_compress.verbs.side_file import read_manifest
 
 # Where the best scale is looked for. The upper end is far above what restoring ‖ΔW‖ would ask for at useful ranks.
 LEAST, MOST = 0.8, 1.6
@@ -32,9 +33,10 @@ TOKENS = 8192
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """What a search found. KL in nats per token: (at scale 1, at `scale`) on both halves of the tokens.
+    """What a search found. KL in nats per token: (at scale 1, at the best scale) on both halves of the tokens.
 
-    `scale` is one number, or one for each kind of module; 1 where the held-out half does not agree.
+    `scale` is one number, or one for each kind of module; 1 where the held-out half does not agree. `at_edge`: the best
+    lies at the end of the interval that was searched, and beyond it may be better.
     """
 
     scale: float | Mapping[str, float]
@@ -42,6 +44,17 @@ class ScaleSearch:
     heldout: tuple[float, float]
     trials: tuple[tuple[float, float], ...]
     tokens: int
+    at_edge: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As printed and stored beside the scale."""
+        return {
+            "scale": dict(self.scale) if isinstance(self.scale, Mapping) else self.scale,
+            "calibration_kl": {"at_1": self.calibration[0], "at_best": self.calibration[1]},
+            "heldout_kl": {"at_1": self.heldout[0], "at_best": self.heldout[1]},
+            "tokens": self.tokens,
+            "at_edge": self.at_edge,
+        }
 
     @property
     def improved(self) -> bool:
@@ -76,6 +89,8 @@ def search_scale(
     checkpoint.
     """
     model = Model.open(base)
+    if read_manifest(Path(adapter)).get("scale", 1.0) != 1.0:
+        raise SelectionError(f"`{adapter}` already has a scale: extract it with scale 1 to search one")
     windows = read_tokens(calibration, Path(tuned), context=context, most=tokens)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.inference_mode():
@@ -88,30 +103,48 @@ def search_scale(
             return target.divergence(scaled.model, half)
 
         ones = dict.fromkeys(scaled.kinds, 1.0)
-        before = loss(ones, calibrate), loss(ones, check)
-        trials: list[tuple[float, float]] = [(1.0, before[0])]
+        trials = {1.0: loss(ones, calibrate)}
 
         def common(scale: float) -> float:
-            trials.append((scale, loss(dict.fromkeys(scaled.kinds, scale), calibrate)))
-            progress(f"scale {scale:.3f}: KL {trials[-1][1]:.5f}")
-            return trials[-1][1]
+            trials[scale] = loss(dict.fromkeys(scaled.kinds, scale), calibrate)
+            progress(f"scale {scale:.3f}: KL {trials[scale]:.5f}")
+            return trials[scale]
 
-        best, _ = golden_section(common, LEAST, MOST, TOLERANCE)
-        best = min(trials, key=lambda trial: trial[1])[0] if before[0] < min(kl for _, kl in trials[1:]) else best
-        scales = dict.fromkeys(scaled.kinds, best)
+        golden_section(common, LEAST, MOST, TOLERANCE)
+        best = min(trials, key=lambda scale: trials[scale])
+        found: list[dict[str, float]] = [ones, dict.fromkeys(scaled.kinds, best)]
         if by_module:
-            for kind in scaled.kinds:
+            found.append(_by_module(found[1], lambda scales: loss(scales, calibrate), trials[best], progress))
+        # The held-out half chooses among the candidates that calibration has found.
+        checked = [loss(scales, check) for scales in found]
+        chosen = min(range(len(found)), key=lambda number: checked[number])
+        tried = max(chosen, len(found) - 1) if chosen else len(found) - 1
+        calibrated = trials[1.0], loss(found[tried], calibrate)
+    scale = found[2] if chosen == 2 else found[chosen][scaled.kinds[0]] if scaled.kinds else 1.0
+    edge = min(best - LEAST, MOST - best) <= TOLERANCE
+    heldout = checked[0], checked[tried]
+    return ScaleSearch(scale, calibrated, heldout, tuple(sorted(trials.items())), windows.numel(), edge)
 
-                def one(scale: float, kind: str = kind) -> float:
-                    return loss({**scales, kind: scale}, calibrate)
 
-                scales[kind], _ = golden_section(one, max(LEAST, best - 0.2), best + 0.2, 2 * TOLERANCE)
-                progress(f"{kind}: scale {scales[kind]:.3f}")
-        after = loss(scales, calibrate), loss(scales, check)
-    found: float | Mapping[str, float] = scales if by_module else best
-    if not after[1] < before[1]:
-        found = 1.0
-    return ScaleSearch(found, (before[0], after[0]), (before[1], after[1]), tuple(sorted(trials)), windows.numel())
+def _by_module(
+    start: Mapping[str, float],
+    loss: Callable[[Mapping[str, float]], float],
+    lowest: float,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """A scale for each kind of module, one after the other around the common one; only what lowers the loss is kept."""
+    scales = dict(start)
+    for kind, common in start.items():
+        near, value = golden_section(
+            lambda scale, kind=kind: loss({**scales, kind: scale}),  # type: ignore[misc]
+            max(LEAST, common - 0.2),
+            common + 0.2,
+            2 * TOLERANCE,
+        )
+        if value < lowest:
+            scales[kind], lowest = near, value
+        progress(f"{kind}: scale {scales[kind]:.3f}")
+    return scales
 
 
 def golden_section(
@@ -139,6 +172,11 @@ class _Target:
     """What tuned predicts on every window."""
 
     def __init__(self, tuned: Any, windows: torch.Tensor) -> None:
+        size = tuned.get_input_embeddings().num_embeddings
+        if int(windows.min()) < 0 or int(windows.max()) >= size:
+            raise SelectionError(
+                f"token ids reach from {int(windows.min())} to {int(windows.max())}, the model has {size}"
+            )
         self.windows = windows
         self.log_p = [_predictions(tuned, window).cpu() for window in windows]
 
@@ -167,6 +205,10 @@ class _Scaled:
         missing = sorted(adapter.tensors() - set(parameters))
         if missing:
             raise SelectionError(f"transformers has no weight `{missing[0]}`: it names this model's weights otherwise")
+        if adapter.new_rows:
+            raise SelectionError(
+                f"`{min(adapter.new_rows)}` has new rows: no scale is searched where the vocabulary grew"
+            )
         for name, (checkpoint, key) in adapter.replacements.items():
             parameters[name].copy_(torch.from_numpy(checkpoint.read(key)).to(parameters[name]))
         self._terms = []

@@ -25,7 +25,7 @@ def read_tokens(path: str | Path, model: Path, *, context: int, most: int) -> to
             ids = np.array(json.loads(path.read_text(encoding="utf-8")))
         else:
             ids = _tokenized(path.read_text(encoding="utf-8"), model)
-    except ValueError as error:
+    except (ValueError, EOFError, RecursionError) as error:
         raise SelectionError(f"`{path}` is neither text in UTF-8 nor token ids: {error}") from error
     if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise SelectionError(f"`{path}` holds no token ids")

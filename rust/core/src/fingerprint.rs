@@ -13,8 +13,8 @@ const PLACES: u64 = 5;
 /// SHA-256 over name, dtype, shape and some bytes of every tensor, in the order of their names. Does not depend on shards or
 /// on other keys of the header.
 ///
-/// Training moves all of a tensor, so this tells models apart that any training, merge or conversion lies between; an edit of
-/// single elements can escape it.
+/// Training moves most elements of most tensors, so this tells models apart that any training, merge or conversion lies between.
+/// An edit of single elements, or of a few rows of an embedding, can escape it.
 ///
 /// # Errors
 /// [`crate::Error::Io`] when a file cannot be read.
