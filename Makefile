@@ -100,14 +100,24 @@ $(MERGEKIT):
 	$(PYTHON) -m venv $(MERGEKIT_ENV)
 	$(MERGEKIT_ENV)/bin/pip install --quiet mergekit==0.1.5
 
-.PHONY: bench bench-kernels bench-matrices bench-commands
-bench: bench-kernels bench-matrices bench-commands  ## Measure kernels, single matrices and whole commands against peers and limits
+# transformers reads SmolLM2 from a GGUF file.
+$(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
+	$(TORCH_ENV)/bin/pip install --quiet gguf sentencepiece
+	touch $@
+
+.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank
+bench: bench-kernels bench-matrices bench-commands bench-rank  ## Measure kernels, matrices, commands and ranks against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
 	$(BENCH)/kernels.py --json $(BENCH_JSON)
 bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
 	$(BENCH)/matrices.py --json $(BENCH_JSON)
 bench-commands: build $(TORCH_ENV)/bench-ready $(MERGEKIT)  ## Whole commands against mergekit, and growth with layers (15 GB of disk)
 	$(BENCH)/commands.py --work $(CACHE)/bench --mergekit $(MERGEKIT) --json $(BENCH_JSON)
+
+bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL against bytes, scales, planning (makes the pairs once)
+	$(BENCH)/ranks/ranks.py --cache $(CACHE) --json $(BENCH_JSON)
+	$(BENCH)/ranks/scales.py --cache $(CACHE) --json $(BENCH_JSON)
+	$(BENCH)/planning.py --work $(CACHE)/bench --json $(BENCH_JSON)
 
 .PHONY: format
 format: .venv/dev  ## Format Rust and Python
