@@ -1,20 +1,20 @@
-"""A decomposition is data: a contraction of factors over named indices.
+"""A decomposition is data: a contraction of factors over named indices, the sizes of those indices, and a way to fit
+it.
 
-`"out r, r in"` says that ΔW[out, in] = Σ_r B[out, r]·A[r, in]. From the contraction the host derives how many factors
-there are, their shapes for a given rank, the parameter count, and the exact lowering to a pair (B, A). What cannot be
-derived is how to find good factors: that is `fit`.
-
-This release reads *chains*: factors of two indices, the first beginning with `out`, the last ending with `in`,
-neighbours sharing one bond. Every bond gets the rank as its size.
+The contraction (`decompositions/network.py` has the grammar) says what the factors multiply to. From it the host
+derives how many there are, their shapes at a given rank, the parameter count, ΔW, its product with inputs, and the
+exact lowering to a pair (B, A). What cannot be derived is how to find good factors: that is `fit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import pairwise
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_compress.decompositions.network import Network
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,56 +37,71 @@ class Fit(Protocol):
         ...
 
 
+class Axes(Protocol):
+    """Sizes of all indices but plain `out` and `in`, for a (rows, cols) delta at a rank."""
+
+    def __call__(self, rows: int, cols: int, rank: int) -> Mapping[str, int]:
+        """One size for each index."""
+        ...
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """A named contraction with a way to fit it.
 
-    Raises `ValueError` at construction when the contraction is not a chain from `out` to `in`.
+    Without `axes` every bond has the rank as its size; a contraction that splits the rows or the columns of ΔW needs
+    it. Raises `ContractionError` (a `ValueError`) at construction when the contraction cannot be read.
     """
 
     name: str
     contraction: str
     fit: Fit
     description: str = ""
+    axes: Axes | None = None
 
     def __post_init__(self) -> None:
-        terms = self.terms
-        if len(terms) < 2:
-            raise ValueError(f"`{self.contraction}`: at least two factors are needed")
-        for number, term in enumerate(terms):
-            if len(term) != 2:
-                raise ValueError(f"`{self.contraction}`: term {number + 1} has {len(term)} indices instead of two")
-        bonds = [index for term in terms for index in term]
-        if bonds[0] != "out" or bonds[-1] != "in":
-            raise ValueError(f"`{self.contraction}`: the first index must be `out`, the last `in`")
-        inner = bonds[1:-1]
-        if inner[::2] != inner[1::2] or len(set(inner)) * 2 != len(inner) or {"in", "out"} & set(inner):
-            raise ValueError(f"`{self.contraction}`: neighbouring terms must share exactly one bond of their own")
+        network = self.network
+        if self.axes is None and (network.rows, network.cols) != (("out",), ("in",)):
+            raise ValueError(f"`{self.contraction}` splits ΔW: `axes` has to give the sizes of {network.indices}")
 
-    @property
-    def terms(self) -> tuple[tuple[str, ...], ...]:
-        """Index names of each factor."""
-        return tuple(tuple(term.split()) for term in self.contraction.split(","))
+    @cached_property
+    def network(self) -> Network:
+        """The contraction, read."""
+        return Network.parse(self.contraction)
 
-    def shapes(self, rows: int, cols: int, rank: int) -> list[tuple[int, int]]:
-        """Shapes of the factors of a (rows, cols) delta at `rank`."""
+    def sizes(self, rows: int, cols: int, rank: int) -> dict[str, int]:
+        """Size of every index. Raises `ValueError` when those of `axes` do not multiply to (rows, cols)."""
+        network = self.network
         sizes = {"out": rows, "in": cols}
-        return [(sizes.get(left, rank), sizes.get(right, rank)) for left, right in self.terms]
+        sizes |= dict.fromkeys(network.bonds, rank) if self.axes is None else self.axes(rows, cols, rank)
+        missing = [index for index in network.indices if index not in sizes]
+        if missing:
+            raise ValueError(f"the axes of `{self.name}` give no size of `{missing[0]}`")
+        found = tuple(math.prod(sizes[index] for index in group) for group in (network.rows, network.cols))
+        if found != (rows, cols):
+            raise ValueError(f"the axes of `{self.name}` make a {found} matrix of one that is {(rows, cols)}")
+        return {index: sizes[index] for index in network.indices}
+
+    def shapes(self, rows: int, cols: int, rank: int) -> list[tuple[int, ...]]:
+        """Shapes of the factors of a (rows, cols) delta at `rank`."""
+        return self.network.shapes(self.sizes(rows, cols, rank))
 
     def parameters(self, rows: int, cols: int, rank: int) -> int:
         """Number of parameters at `rank`."""
-        return sum(left * right for left, right in self.shapes(rows, cols, rank))
+        return self.network.parameters(self.sizes(rows, cols, rank))
+
+    def dense(self, factors: Sequence[Any]) -> Any:
+        """ΔW (rows, cols) of NumPy or torch factors."""
+        return self.network.dense(factors)
+
+    def forward(self, x: Any, factors: Sequence[Any]) -> Any:
+        """x·ΔWᵀ for x of shape (…, cols), without ΔW where that costs less."""
+        return self.network.forward(x, factors)
 
     def lower(self, factors: Sequence[Factor]) -> tuple[Factor, Factor]:
-        """Factors as one pair B (rows, r), A (r, cols) with B·A = ΔW: all but the last are multiplied out.
+        """Factors as one pair B (rows, r), A (r, cols) with B·A = ΔW, exact up to rounding.
 
         Raises `ValueError` when the factors do not fit the contraction.
         """
-        if len(factors) != len(self.terms):
-            raise ValueError(f"{len(factors)} factors for the {len(self.terms)} terms of `{self.contraction}`")
-        for number, (left, right) in enumerate(pairwise(factors)):
-            if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-                shapes = f"{left.shape} and {right.shape}"
-                raise ValueError(f"factors {number + 1} and {number + 2} of `{self.contraction}` have shapes {shapes}")
-        lowered: Any = reduce(lambda left, right: left @ right, factors[:-1])
-        return lowered, factors[-1]
+        b, a = self.network.lower(factors)
+        return b, a
