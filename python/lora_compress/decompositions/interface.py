@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lora_compress.decompositions import als
 from lora_compress.decompositions.network import Network
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Axes(Protocol):
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A named contraction with a way to fit it.
+    """A named contraction with a way to fit it: `fit`, or alternating least squares where there is none.
 
     Without `axes` every bond has the rank as its size; a contraction that splits the rows or the columns of ΔW needs
     it. Raises `ContractionError` (a `ValueError`) at construction when the contraction cannot be read.
@@ -55,7 +56,7 @@ class Decomposition:
 
     name: str
     contraction: str
-    fit: Fit
+    fit: Fit | None = None
     description: str = ""
     axes: Axes | None = None
 
@@ -89,6 +90,18 @@ class Decomposition:
     def parameters(self, rows: int, cols: int, rank: int) -> int:
         """Number of parameters at `rank`."""
         return self.network.parameters(self.sizes(rows, cols, rank))
+
+    def lowered_rank(self, rows: int, cols: int, rank: int) -> int:
+        """The rank of `lower` for factors of a (rows, cols) delta at `rank`."""
+        sizes = self.sizes(rows, cols, rank)
+        _, bonds = self.network.cut(sizes)
+        return math.prod(sizes[index] for index in bonds)
+
+    def factors_of(self, delta: Delta, rank: int, *, seed: int, tolerance: float) -> Sequence[Factor]:
+        """Factors for a delta at a rank, by `fit`, or by alternating least squares."""
+        if self.fit is not None:
+            return self.fit(delta, rank, seed=seed, tolerance=tolerance)
+        return als.fit(self.network, self.sizes(*delta.shape, rank), delta, seed=seed, tolerance=tolerance)
 
     def dense(self, factors: Sequence[Any]) -> Any:
         """ΔW (rows, cols) of NumPy or torch factors."""

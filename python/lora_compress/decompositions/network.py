@@ -132,13 +132,17 @@ class Network:
         every network has a cut.
         """
         sizes = self.sizes(factors)
-        left = min(self._cuts(), key=lambda left: (_size(self._bonds_between(left), sizes), left))
+        left, bonds = self.cut(sizes)
         right = tuple(number for number in range(len(self.terms)) if number not in left)
-        bonds = self._bonds_between(left)
         rank = _size(bonds, sizes)
         b = self._side(factors, sizes, left, self.rows, bonds).reshape(_size(self.rows, sizes), rank)
         a = self._side(factors, sizes, right, self.cols, bonds).reshape(_size(self.cols, sizes), rank)
         return b, a.T
+
+    def cut(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], Term]:
+        """The smallest cut: which factors are on the rows' side, and the indices that both sides have."""
+        left = min(self._cuts(), key=lambda left: (_size(self._bonds_between(left), sizes), left))
+        return left, self._bonds_between(left)
 
     def _cuts(self) -> Iterator[tuple[int, ...]]:
         """Every set of factors that could be the rows' side."""

@@ -195,9 +195,9 @@ def extract(
         base_name=base_name or str(base),
         dtype=options.dtype,
         factors=[
-            PlannedFactors(pair.name, pair.base.shape[0], pair.base.shape[1], ranks[pair.name])
+            PlannedFactors(pair.name, *shape, max(ranks[pair.name], method.lowered_rank(*shape, ranks[pair.name])))
             for pair in changes.pairs
-            if ranks.get(pair.name)
+            if ranks.get(pair.name) and (shape := (pair.base.shape[0], pair.base.shape[1]))
         ],
         tied_embedding=changes.tied_embedding if ranks.get(changes.tied_embedding or "") else None,
         embeddings=changes.embeddings,
@@ -329,7 +329,7 @@ def _decompose(
         factors = zeros if rank and choice.layout == "uniform" else None
         return replace(account, rank=rank if factors else 0, error_energy=delta.energy), factors
     with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
-        b, a = method.lower(method.fit(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
+        b, a = method.lower(method.factors_of(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
         factor = scale.get(last_component(pair.name), 1.0) if isinstance(scale, Mapping) else scale
         if factor != 1.0:
             b = b * np.float32(factor)
