@@ -268,7 +268,12 @@ def test_plan_then_extract(run: Any, pair: Pair, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     for word in ("embed_tokens", "noise", "budget 60 kB", "extraction takes about", "error", "●"):
         assert word in text
-    assert "is not empty" in run("plan", *pair, "-o", saved)[2]
+    assert "exists: choose another" in run("plan", *pair, "-o", saved)[2]
+    assert run("plan", pair[0])[0] == run("report", pair[0], "-o", tmp_path / "x.html")[0] == cli.EXIT_USAGE
+    assert run("extract", *pair, "-o", tmp_path / "x", "--plan", saved, "--rank", 3)[0] == cli.EXIT_USAGE
+    code, _, errors = run("plan", saved, "--error", 0.001, "-o", tmp_path / "unmet.json")
+    assert code in {cli.EXIT_FAILED, 0}
+    assert code == 0 or not (tmp_path / "unmet.json").exists()
     weights = next(pair[1].glob("*.safetensors"))
     assert "would replace" in run("plan", pair[0], weights, "-o", weights, "--force")[2]
     code, text, errors = run("plan", saved, "--rank", "energy=0.5", "--tensors")
@@ -278,7 +283,7 @@ def test_plan_then_extract(run: Any, pair: Pair, tmp_path: Path) -> None:
     code, text, errors = run("plan", saved, "--rank", "4", "--layout", "uniform")
     assert (code, errors) == (0, "")
     code, text, errors = run("plan", saved, "--max-rank", "12")
-    assert "budget 60 kB: " in text, "what is not said stays"
+    assert "budget 60 kB, at most 12: " in text, "what is not said stays"
     assert run("report", saved, "-o", saved, "--force")[0] == cli.EXIT_FAILED
     assert run("report", *pair, "-o", weights, "--force")[0] == cli.EXIT_FAILED
     assert run("plan", *pair, "-o", tmp_path, "--force")[0] == cli.EXIT_FAILED

@@ -43,24 +43,20 @@ def main() -> None:
                 return fidelity(merged)["kl"]
 
             at_one = kl(1.0)
-            # A scale for each kind of module takes eight times as long: once is enough to tell.
-            for by_module in (False, True) if wish == WISHES[0] else (False,):
-                # The adapter beside is searched at scale 1.
-                lora_compress.extract(fidelity.base, fidelity.tuned, scratch / "one", plan=plan, force=True)
-                found = search_scale(
-                    fidelity.base, fidelity.tuned, scratch / "one", scratch / "ids.npy", by_module=by_module
-                )
-                row = {
-                    "ranks": plan.choice.describe(),
-                    "bytes": plan.nbytes,
-                    "scale": found.scale if isinstance(found.scale, float) else dict(found.scale),
-                    "kl_at_1": at_one,
-                    "kl": kl(found.scale),
-                    "calibration": found.calibration,
-                    "heldout": found.heldout,
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+            # The adapter beside is searched at scale 1.
+            lora_compress.extract(fidelity.base, fidelity.tuned, scratch / "one", plan=plan, force=True)
+            found = search_scale(fidelity.base, fidelity.tuned, scratch / "one", scratch / "ids.npy")
+            row = {
+                "ranks": plan.choice.describe(),
+                "bytes": plan.nbytes,
+                "scale": found.scale if isinstance(found.scale, float) else dict(found.scale),
+                "kl_at_1": at_one,
+                "kl": kl(found.scale),
+                "calibration": found.calibration,
+                "heldout": found.heldout,
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     if args.json:
         (args.json / "scales.json").write_text(json.dumps(rows, indent=1) + "\n")
 

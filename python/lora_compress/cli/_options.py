@@ -17,7 +17,7 @@ RANKS = (
         help="A number for every matrix; auto (the default); or a rule for each: energy=0.9, error=0.3, "
         "threshold=0.01, ratio=50, bulk-edge, noise-edge, hard-threshold, knee.",
     ),
-    click.option("--budget", metavar="SIZE", help="Size of the adapter's weights instead, such as 50MB."),
+    click.option("--budget", metavar="SIZE", help="Size of the adapter's files instead, such as 50MB."),
     click.option(
         "--error",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -31,7 +31,7 @@ RANKS = (
         "--max-rank",
         type=click.IntRange(1),
         metavar="N",
-        help="No rank above this. Without another wish it is the rank, as in mergekit.",
+        help="No rank above this. Where nothing else is asked it is the rank, as in mergekit; a saved plan's cap.",
     ),
     click.option(
         "--layout",

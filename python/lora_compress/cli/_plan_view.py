@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import click
 
 from lora_compress.cli._console import print_table, size
 from lora_compress.errors import SelectionError
-from lora_compress.model import last_component
+from lora_compress.model import module_of
 from lora_compress.ranks.choice import BUDGET
 from lora_compress.ranks.plan import Plan, TensorPlan
 from lora_compress.ranks.predict import memory, seconds
@@ -24,7 +25,16 @@ WIDTH, HEIGHT = 60, 10
 
 def show(plan: Plan, *, tensors: bool) -> None:
     """Print all of it on stdout."""
-    columns = ["tensor " if tensors else "module ", "tensors", "shape", "‖ΔW‖/‖W‖", "noise", "rank", "bytes", "error"]
+    columns = [
+        "tensor " if tensors else "module ",
+        "tensors",
+        "shape",
+        "‖ΔW‖/‖W‖",
+        "noise",
+        "rank (median)",
+        "bytes",
+        "error",
+    ]
     groups = [[tensor] for tensor in plan.low_rank] if tensors else list(_kinds(plan.low_rank).values())
     print_table(columns, [_row(group, by_name=tensors) for group in groups])
     others = [tensor for tensor in plan.tensors if tensor.spectrum is None and tensor.fixed]
@@ -34,15 +44,16 @@ def show(plan: Plan, *, tensors: bool) -> None:
     curve = plan.curve()
     if len(curve) > 2:
         click.echo()
-        click.echo(_chart(curve, (plan.nbytes, plan.error)))
-        print_table(["budget", "error", "ranks", "of tuned"], _budgets(plan, curve))
+        headers = plan.file_bytes - plan.nbytes
+        click.echo(_chart([(nbytes + headers, error) for nbytes, error in curve], (plan.file_bytes, plan.error)))
+        print_table(["budget", "error", "ranks (median)", "of tuned"], _budgets(plan, curve))
     merged = recognise(plan).merged_rank
     if merged is not None:
         click.echo(f"ΔW of every tensor is low-rank but for rounding: a merged LoRA of rank {merged}")
     highest = max(plan.ranks.values(), default=0)
-    share = plan.nbytes / max(plan.tuned_bytes, 1)
+    share = plan.file_bytes / max(plan.tuned_bytes, 1)
     click.echo(
-        f"{plan.choice.describe()}: {size(plan.nbytes)} ({share:.2%} of the tuned model), ranks up to {highest}, "
+        f"{plan.choice.describe()}: {size(plan.file_bytes)} ({share:.2%} of the tuned model), ranks up to {highest}, "
         f"relative error {plan.error:.4f}; extraction takes about {seconds(plan):.1f} s, {size(memory(plan))} of memory"
     )
 
@@ -51,8 +62,13 @@ def _kinds(tensors: Sequence[TensorPlan]) -> dict[tuple[str, tuple[int, ...]], l
     """Tensors of the same module name and shape, over all layers."""
     kinds: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
     for tensor in tensors:
-        kinds.setdefault((last_component(tensor.name), tensor.shape), []).append(tensor)
+        kinds.setdefault((_kind(tensor.name), tensor.shape), []).append(tensor)
     return kinds
+
+
+def _kind(name: str) -> str:
+    """The module without the number of its layer: `model.layers.*.self_attn.q_proj`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", module_of(name) or name)
 
 
 def _row(group: Sequence[TensorPlan], *, by_name: bool) -> list[str]:
@@ -62,7 +78,7 @@ def _row(group: Sequence[TensorPlan], *, by_name: bool) -> list[str]:
     noise = math.fsum(spectrum.noise_share * spectrum.energy for spectrum in spectra)
     rest = math.fsum(tensor.error_energy for tensor in group)
     return [
-        group[0].name if by_name else last_component(group[0].name),
+        group[0].name if by_name else _kind(group[0].name),
         f"{len(group)}",
         "×".join(map(str, group[0].shape)),
         f"{math.sqrt(energy / base_energy):.4f}" if base_energy else "",
@@ -102,16 +118,30 @@ def _chart(curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> str
     span = max(right - left, 1e-9)
     cells = [[" "] * WIDTH for _ in range(HEIGHT)]
 
-    def put(x: float, y: float, mark: str) -> None:
-        column = min(max(int((x - left) / span * (WIDTH - 1) + 0.5), 0), WIDTH - 1)
-        row = int((high - y) / max(high - low, 1e-9) * (HEIGHT - 1) + 0.5)
-        cells[min(max(row, 0), HEIGHT - 1)][column] = mark
+    def row_of(error: float) -> int:
+        return min(max(int((high - error) / max(high - low, 1e-9) * (HEIGHT - 1) + 0.5), 0), HEIGHT - 1)
 
-    for x, y in points:
-        put(x, y, "·")
-    put(math.log(max(chosen[0], 1)), chosen[1], "●")
+    def column_of(x: float) -> int:
+        return min(max(int((x - left) / span * (WIDTH - 1) + 0.5), 0), WIDTH - 1)
+
+    # Steps: a size reaches what the largest adapter up to it does.
+    errors = [high] * WIDTH
+    for x, error in points:
+        errors[column_of(x) :] = [error] * (WIDTH - column_of(x))
+    for column, error in enumerate(errors):
+        top = row_of(errors[max(column - 1, 0)])
+        for row in range(min(top + 1, row_of(error)), row_of(error) + 1):
+            cells[row][column] = "·"
+    cells[row_of(chosen[1])][column_of(math.log(max(chosen[0], 1)))] = "●"
     labels = [f"{high - (high - low) * row / (HEIGHT - 1):6.3f} ┤" for row in range(HEIGHT)]
     lines = [label + "".join(line).rstrip() for label, line in zip(labels, cells, strict=True)]
     first, last = size(int(math.exp(left))), size(int(math.exp(right)))
     axis = " " * 7 + "└" + "─" * WIDTH
-    return "\n".join(["  error", *lines, axis, f"        {first}{last:>{WIDTH - len(first)}}"])
+    return "\n".join(
+        [
+            "  error",
+            *lines,
+            axis,
+            f"        {first}{'bytes (logarithmic)':^{WIDTH - 2 * len(first)}}{last:>{len(first)}}",
+        ]
+    )

@@ -86,6 +86,8 @@ def command(
     from lora_compress.verbs.extract import extract
 
     asked = choice_of(given)
+    if given["plan"] is not None and any(value is not None for value in asked.values()):
+        raise click.UsageError("--plan already says which ranks: `lora-compress plan PLAN` gives a plan other wishes")
     given |= {"format": format_, **asked}
     output.check(given["out"], force=given["force"], inputs=(base, tuned))
     found = None

@@ -53,6 +53,7 @@ def command(
 
     noise is the share of ‖ΔW‖² that rounding to the stored dtype explains; error is ‖ΔW − BA‖ / ‖ΔW‖.
     """
+    from lora_compress.errors import PlanError
     from lora_compress.ranks import file
     from lora_compress.ranks.choice import choose
     from lora_compress.verbs import output
@@ -64,9 +65,18 @@ def command(
         output.check_file(out, force=force, inputs=(base, tuned) if tuned is not None else ())
     if tuned is None:
         if Options(format=format_, **given) != Options() or bound is not None:
-            raise click.UsageError("a saved plan already says which tensors: give BASE and TUNED to plan again")
+            raise click.UsageError(
+                "a saved plan already says which tensors, dtype and seed: give BASE and TUNED instead"
+            )
+        if base.is_dir():
+            raise click.UsageError("TUNED is missing: lora-compress plan BASE TUNED")
         result = file.read(base)
         result = result.choose(choose(**asked, instead_of=result.choice))
+        if result.unsettled:
+            raise PlanError(
+                f"{result.choice.describe()} depends on singular values that `{base}` does not have (it ends at an "
+                f"error of {result.error:.4f}): plan again with this wish from `{result.base}` and `{result.tuned}`"
+            )
     else:
         with progress(quiet=quiet or as_json) as bar:
             result = plan(base, tuned, **asked, bound=bound, options=Options(format=format_, **given), progress=bar)
@@ -81,10 +91,5 @@ def command(
     if not quiet:
         _plan_view.show(result, tensors=tensors)
     warn([*result.notes, *recognise(result).warnings])
-    if result.unsettled:
-        warn(
-            [
-                f"{len(result.unsettled)} tensors may want more rank than the plan has singular values for: plan again "
-                "from BASE and TUNED"
-            ]
-        )
+    if not any(result.ranks.values()):
+        warn(["no matrix gets any rank: the adapter would hold exact tensors only"])

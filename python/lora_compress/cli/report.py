@@ -24,7 +24,8 @@ Examples:
 def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Write a plan as one HTML page: spectra, ranks, sizes and errors, and a budget to play with.
 
-    Takes a plan that `lora-compress plan` wrote, or BASE and TUNED, which are planned first. The page needs no network
+    Takes a plan that `lora-compress plan` wrote, or BASE and TUNED, which are planned first (for a budget or other
+    wishes, save a plan). The page needs no network
     and no server.
     """
     from lora_compress.ranks import file
@@ -33,6 +34,8 @@ def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: b
 
     # Before the work, so that nobody waits for a refusal.
     output.check_file(out, force=force, inputs=(source, tuned) if tuned is not None else (source,))
+    if tuned is None and source.is_dir():
+        raise click.UsageError("TUNED is missing: lora-compress report BASE TUNED -o FILE")
     if tuned is None:
         plan = file.read(source)
     else:
@@ -46,6 +49,14 @@ def command(source: Path, tuned: Path | None, out: Path, force: bool, as_json: b
     nbytes = len(document.encode())
     warn(data["warnings"])
     if as_json:
-        print_json({"out": str(out), "bytes": nbytes, "totals": data["totals"], "warnings": data["warnings"]})
+        print_json(
+            {
+                "schema_version": data["schema_version"],
+                "out": str(out),
+                "bytes": nbytes,
+                "totals": data["totals"],
+                "warnings": data["warnings"],
+            }
+        )
     elif not quiet:
         click.echo(f"{out}: {size(nbytes)}, open it in a browser")

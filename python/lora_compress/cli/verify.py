@@ -26,7 +26,7 @@ Examples:
     type=click.IntRange(0),
     default=10,
     show_default=True,
-    help="How many tensors to list, largest error first.",
+    help="How many tensors to list, those first that add most to the total error.",
 )
 @common_options
 def command(base: Path, tuned: Path, adapter: Path, worst: int, as_json: bool, quiet: bool) -> int:
@@ -54,4 +54,8 @@ def command(base: Path, tuned: Path, adapter: Path, worst: int, as_json: bool, q
         )
         warn([f"`{name}` was not compared, or differs" for name in result.unchecked])
     warn([f"`{tensor.name}`: {tensor.problem}" for tensor in result.problems])
+    if result.error > 1:
+        warn(
+            ["base + adapter is farther from TUNED than BASE alone: are BASE and TUNED swapped, or is it another base?"]
+        )
     return 0 if result.ok else EXIT_PROMISE_BROKEN

@@ -77,6 +77,10 @@ class RankChoice:
         end = next((at + 1 for at, rank in enumerate(rungs) if rank >= limit), len(rungs))
         return [rank for rank in rungs[:end] if known is None or rank <= known]
 
+    def top(self, limit: int) -> int:
+        """The largest of `ranks`."""
+        return self.ranks(limit)[-1] if self.has_ladder and limit else min(limit, self.max_rank or limit)
+
     def round_up(self, rank: int) -> int:
         """The smallest allowed rank of at least `rank`, or the largest there is; 0 stays 0."""
         if not self.has_ladder:
@@ -99,13 +103,16 @@ class RankChoice:
         """In words."""
         from lora_compress.ranks.text import size
 
+        words = self.rule if RULES.get(self.rule) is None else f"{self.rule} {self.value:g}"
         if self.rule == BUDGET:
-            return f"budget {size(int(self.value))}"
-        if self.rule == ERROR:
-            return f"total error {self.value:g}"
-        if self.rule == "rank":
-            return f"rank {int(self.value)}"
-        return self.rule if RULES.get(self.rule) is None else f"{self.rule} {self.value:g}"
+            words = f"budget {size(int(self.value))}"
+        elif self.rule == ERROR:
+            words = f"total error {self.value:g}"
+        elif self.rule == "error":
+            words = f"error of each matrix {self.value:g}"
+        if self.max_rank is not None and (self.rule, self.value) != ("rank", self.max_rank):
+            words += f", at most {self.max_rank}"
+        return words
 
 
 def choose(
@@ -167,7 +174,8 @@ def parse_rule(text: int | str) -> tuple[str, float]:
     if name == AUTO and not equals:
         return AUTO, 0.0
     if name not in RULES:
-        known = ", ".join(rule if bounds is None else f"{rule}=…" for rule, bounds in RULES.items())
+        rules = ((rule, bounds) for rule, bounds in RULES.items() if rule != "rank")
+        known = ", ".join(rule if bounds is None else f"{rule}=…" for rule, bounds in rules)
         raise SelectionError(f"there is no rule `{text}` for ranks: give a number, auto, {known}")
     bounds = RULES[name]
     if bounds is None:
@@ -179,7 +187,10 @@ def parse_rule(text: int | str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not bounds[0] <= value <= bounds[1] or not math.isfinite(value) or (name == "rank" and value != int(value)):
-        raise SelectionError(f"`{text}`: {name} needs a number from {bounds[0]:g} to {bounds[1]:g}")
+        if name == "rank":
+            raise SelectionError(f"`{text}` is no rank: ranks are whole numbers from 1 on")
+        example = {"energy": "0.9", "error": "0.3", "threshold": "0.01", "ratio": "50"}[name]
+        raise SelectionError(f"`{text}`: write {name}={example}, with a number from {bounds[0]:g} to {bounds[1]:g}")
     return name, value
 
 

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress._native import Spectrum
-from lora_compress.ranks.choice import RankChoice
+from lora_compress.model import is_embedding
+from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.solve import curve, items_of, solve
+from lora_compress.ranks.text import size
 from lora_compress.ranks.weights import weigh
+
+# An entry of a safetensors header beside the tensor's name, the longest that PEFT's keys and our offsets make it; and
+# what two files take beside their entries.
+ENTRY = 125
+FILES = 1024
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class TensorPlan:
         return self.delta_energy or 0.0 if self.treatment == "excluded" else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Tensors, the choice that their ranks follow, and what the spectra were made from."""
 
@@ -83,14 +90,24 @@ class Plan:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes of an adapter in which every rank is 0, with room for file headers: two entries for each factor."""
-        named = [tensor for tensor in self.tensors if tensor.fixed or tensor.spectrum is not None]
-        return self.fixed + sum(4 * (len(tensor.name) + 130) for tensor in named) + 1024
+        """Bytes of an adapter in which every rank is 0, with room for file headers."""
+        entries = 0
+        for tensor in self.tensors:
+            # Two factors; four where they serve a tied head too, which only an embedding's can. And what is stored
+            # whole.
+            factors = 0 if tensor.spectrum is None else 4 if is_embedding(tensor.name) else 2
+            entries += (factors + (tensor.fixed > 0) + (tensor.new_rows > 0)) * (len(tensor.name) + ENTRY)
+        return self.fixed + entries + FILES
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that would be stored, but for file headers."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the adapter's files, headers included: an upper bound by a few thousand."""
+        return self.nbytes - self.fixed + self.least_bytes
 
     @property
     def delta_energy(self) -> float:
@@ -102,6 +119,18 @@ class Plan:
         """‖ΔW − stored‖ / ‖ΔW‖ over all tensors."""
         whole = self.delta_energy
         return math.sqrt(math.fsum(tensor.error_energy for tensor in self.tensors) / whole) if whole else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.tuned!r}: {self.choice.describe()}, {size(self.file_bytes)}, ranks up to "
+            f"{max(self.ranks.values(), default=0)}, error {self.error:.4f})"
+        )
+
+    def replan(self, **wishes: Any) -> Plan:
+        """The same facts with other wishes, those of `lora_compress.plan` (`budget="20MB"`, …); what is not said
+        stays.
+        """
+        return self.choose(choose(**wishes, instead_of=self.choice))
 
     def choose(self, choice: RankChoice) -> Plan:
         """The same facts with the ranks of another choice. Raises `SelectionError` where it cannot be met."""

@@ -101,7 +101,7 @@ def _each(items: Sequence[Item], choice: RankChoice) -> Answer:
     for item in items:
         rank = item.spectrum.rank(choice.rule, choice.value)
         known = len(item.spectrum.sigma)
-        unknown.append(rank is None and known < min(item.limit, choice.max_rank or item.limit))
+        unknown.append(rank is None and known < choice.top(item.limit))
         ranks.append(choice.round_up(known if rank is None else rank))
     return Answer(ranks, unknown)
 
@@ -119,7 +119,8 @@ def _auto(items: Sequence[Item], choice: RankChoice) -> Answer:
         spectrum = item.spectrum
         standing, above_noise = spectrum.rank("bulk-edge"), spectrum.rank("noise-edge")
         open_end = spectrum.low_rank is None and above_noise is None
-        unknown.append(open_end and (standing is None or spectrum.may_end_soon))
+        known = len(spectrum.sigma)
+        unknown.append(open_end and known < choice.top(item.limit) and (standing is None or spectrum.may_end_soon))
         if spectrum.low_rank is None:
             capped.append(_above_noise(item))
             wanted = len(spectrum.sigma) if standing is None else standing
@@ -166,7 +167,8 @@ def _uniform(plan: Plan, items: Sequence[Item], choice: RankChoice) -> Answer:
         rank = max((allowed for allowed in ladder if allowed * unit <= room), default=0)
         if rank == 0 and items:
             raise SelectionError(
-                f"the budget of {int(choice.value):,} bytes does not hold rank {ladder[0]} for every tensor"
+                f"the budget of {int(choice.value):,} bytes does not hold rank {ladder[0]} for every tensor: that "
+                f"takes {plan.least_bytes + ladder[0] * unit:,}"
             )
     elif choice.rule == ERROR:
         energy = math.fsum(item.spectrum.energy for item in items)
@@ -200,7 +202,7 @@ def _exhausted(items: Sequence[Item], ranks: Sequence[int], choice: RankChoice) 
     """Whether each item has taken the last rank that its known σ allow, and might take more."""
     return [
         not item.spectrum.is_complete
-        and len(item.spectrum.sigma) < min(item.limit, choice.max_rank or item.limit)
+        and len(item.spectrum.sigma) < choice.top(item.limit)
         and rank == max(item.ladder(choice), default=0)
         for item, rank in zip(items, ranks, strict=True)
     ]

@@ -123,6 +123,15 @@ def find_changes(base: str | Path, tuned: str | Path, target: Format, options: O
     )
 
 
+def nothing_changed(changes: Changes) -> str:
+    """Why there is nothing to store, in words."""
+    if changes.base.path.resolve() == changes.tuned.path.resolve():
+        return f"base and tuned are the same model, `{changes.base.path}`"
+    excluded = any(pair.treatment is Treatment.EXCLUDED for pair in changes.pairs)
+    where = "any tensor that is not excluded" if excluded else "any tensor"
+    return f"`{changes.tuned.path}` does not differ from `{changes.base.path}` in {where}"
+
+
 def unmeasured_account(pair: Pair) -> TensorAccount:
     """The account of one changed pair as far as names, shapes and dtypes tell: `nbytes` is what is stored whatever its
     rank.

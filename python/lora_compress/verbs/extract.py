@@ -27,9 +27,10 @@ from lora_compress.ranks.choice import ERROR, RankChoice, choose
 from lora_compress.ranks.file import read
 from lora_compress.ranks.plan import Plan
 from lora_compress.ranks.recognise import recognise
+from lora_compress.ranks.text import size
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
-from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, untouched
+from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, nothing_changed, untouched
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.plan import check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
@@ -44,7 +45,7 @@ WITHIN = 1e-3
 TOKENIZER = ("added_tokens.json", "chat_template.*", "merges.txt", "special_tokens_map.json", "tokenizer*", "vocab.*")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ExtractResult:
     """What `extract` did."""
 
@@ -59,6 +60,12 @@ class ExtractResult:
     tuned_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"ExtractResult({str(self.out)!r}: {self.choice.describe()}, {size(self.adapter_bytes)}, ranks up to "
+            f"{self.rank}, error {self.error:.4f})"
+        )
 
     @property
     def rank(self) -> int:
@@ -270,6 +277,10 @@ def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount]) -> lis
             f"the stored factors leave a relative error of {error:.4g}, above the {choice.value:g} asked for: their "
             "rounding (--dtype F32 has less) and a scale other than 1 are not planned for"
         )
+    if error > 1:
+        warnings.append(
+            f"base + adapter is farther from tuned than base alone (relative error {error:.3g}): mind the scale"
+        )
     matrices = [account for account in accounts if account.treatment is Treatment.LOW_RANK and account.delta_energy]
     if matrices and not any(account.rank for account in matrices):
         warnings.append(
@@ -363,7 +374,7 @@ def _nothing(changes: Changes, accounts: Sequence[TensorAccount]) -> str:
     """Why there is nothing to store."""
     if any(account.delta_energy for account in accounts if account.treatment is Treatment.LOW_RANK):
         return "no direction of any ΔW is worth storing under this choice of ranks: allow more, or give --rank a number"
-    return f"`{changes.tuned.path}` does not differ from `{changes.base.path}` in any tensor that is not excluded"
+    return nothing_changed(changes)
 
 
 def _copy_tokenizer(tuned: Model, out: Path) -> None:

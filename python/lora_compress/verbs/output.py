@@ -46,7 +46,8 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
         raise OutputExistsError(f"`{out}` is a device, a pipe or a dangling link, which is never replaced")
     if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise OutputExistsError(f"`{out}` exists and is not empty: choose another output or pass --force")
+        state = "exists" if out.is_file() else "exists and is not empty"
+        raise OutputExistsError(f"`{out}` {state}: choose another output or pass --force")
 
 
 def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:

@@ -18,7 +18,15 @@ from lora_compress.errors import PlanError, SelectionError
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
 from lora_compress.verbs.account import TensorAccount
-from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, unmeasured_account, untouched
+from lora_compress.verbs.changes import (
+    Changes,
+    Options,
+    account_of,
+    find_changes,
+    nothing_changed,
+    unmeasured_account,
+    untouched,
+)
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Pair, Treatment
@@ -212,7 +220,5 @@ def _tensors(changes: Changes, measured: Measured, options: Options) -> tuple[Te
             )
         )
     if not any(tensor.fixed or tensor.spectrum is not None for tensor in tensors):
-        raise SelectionError(
-            f"`{changes.tuned.path}` does not differ from `{changes.base.path}` in any tensor that is not excluded"
-        )
+        raise SelectionError(nothing_changed(changes))
     return tuple(sorted(tensors, key=lambda tensor: tensor.name))

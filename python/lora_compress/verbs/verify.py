@@ -66,7 +66,7 @@ class TensorCheck:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class VerifyResult:
     """What `verify` found."""
 
@@ -74,6 +74,11 @@ class VerifyResult:
     unchecked: tuple[str, ...]
     has_promise: bool
     seconds: float
+
+    def __repr__(self) -> str:
+        state = "as promised" if self.ok else f"{len(self.problems)} not as promised"
+        errors = f"error {self.error:.4f}, merged {self.merged_error:.4f}"
+        return f"VerifyResult({len(self.tensors)} tensors, {errors}, {state})"
 
     @property
     def problems(self) -> list[TensorCheck]:

@@ -173,7 +173,7 @@ pub enum HeaderFault {
     #[error("{0} bytes are too few to hold a header")]
     TooShort(u64),
     /// The length field exceeds the format's limit.
-    #[error("a header of {0} bytes exceeds the limit of 100000000")]
+    #[error("it would have a header of {0} bytes, and the limit is 100000000: is it one at all?")]
     TooLarge(u64),
     /// The length field points beyond the end of the file.
     #[error("the header claims {header} bytes, the file has {file}")]

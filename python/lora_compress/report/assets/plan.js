@@ -98,7 +98,7 @@ function choiceInWords({ rule, value, ranks_allowed: allowed, multiple, max_rank
   const rules = {
     auto:
       "the bytes that the directions standing out of each matrix's noise would take, spent where they lower the error most",
-    budget: `the smallest error that ${size(value)} can buy`,
+    budget: `${size(value)}, spent where it lowers the weighted error most`,
     "total-error": `the smallest adapter with a relative error of at most ${figures(value)} over all tensors`,
     rank: `rank ${value} for every matrix`,
     energy: `in every matrix the directions that hold ${percent(value)} of ‖ΔW‖²`,

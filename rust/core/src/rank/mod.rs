@@ -23,11 +23,11 @@ const SLACK: f64 = 1e-3;
 const NOTHING: f64 = 1e-9;
 /// A merged LoRA ends in a cliff: σ falls by this factor or more …
 const CLIFF: f64 = 1.3;
-/// … onto a floor that looks like white noise: its largest σ is what such noise of its energy would have, within this factor times
-/// the square root of the fall, and never beyond the second one. Rounding noise is not quite white, since its variance follows the
+/// … onto a floor that looks like white noise: its largest σ is what such noise of its energy would have, within a factor that
+/// grows with the fall at this slope, from 1 to the limit below. Rounding noise is not quite white, since its variance follows the
 /// size of the weights: rows of outliers stand out of it (by a factor of 3 in BERT's output layers), which only a high cliff can
-/// be told from.
-const WHITE: f64 = 1.3;
+/// be told from. And the flat end of a fine-tune's spectrum is not quite grey: a low cliff has to lead to white noise.
+const SLOPE: f64 = 0.6;
 const GREY: f64 = 4.0;
 /// What lies behind the cliff is rounding noise, and no more than this factor above its estimate: where updates are smaller than
 /// the spacing of the weights, most of them are lost and the few others too large (7 was seen at ‖Δ‖/‖W‖ = 0.001 in bf16).
@@ -199,7 +199,7 @@ impl Spectrum {
         }
         let cliffs = ranks.filter_map(|rank| {
             let fall = self.sigma[rank - 1] / self.sigma.get(rank).copied().filter(|&next| next > 0.0)?;
-            let floor = self.bulk_edge(rank) * (WHITE * fall.sqrt()).min(GREY);
+            let floor = self.bulk_edge(rank) * (1.0 + SLOPE * (fall - 1.0)).min(GREY);
             let is_noise = self.sigma[rank] <= floor && self.rest(rank) <= EXPLAINED * self.rounding_energy;
             (fall >= CLIFF && is_noise).then_some((rank, fall))
         });
