@@ -124,7 +124,7 @@ def test_an_error_that_is_missed_is_said(pair: Pair, tmp_path: Path) -> None:
 def test_the_uniform_curve_has_one_point_for_each_rank(pair: Pair) -> None:
     plan = lora_compress.plan(*pair, rank=6, layout="uniform")
     curve = dict(plan.curve())
-    unit = sum(tensor.unit for tensor in plan.low_rank)
+    unit = sum(tensor.unit for tensor in plan.tensors)
     assert set(curve) == {plan.fixed + rank * unit for rank in range(25)}
     assert curve[plan.nbytes] == pytest.approx(plan.error)
 
@@ -285,3 +285,60 @@ def test_options_out_of_range_are_refused(pair: Pair) -> None:
             choose(**wish)
     with pytest.raises(SelectionError, match="qproj"):
         lora_compress.extract(*pair, "out", rank=2, scale={"qproj": 2.0})
+
+
+def test_zeros_of_the_uniform_layout_are_planned_and_paid_for(pair: Pair, tmp_path: Path) -> None:
+    for wish in ({"rank": 3}, {"budget": "40kB"}, {"rank": "auto"}):
+        plan = lora_compress.plan(*pair, layout="uniform", **wish)
+        result = lora_compress.extract(*pair, tmp_path / "out", plan=plan, force=True)
+        assert sum(account.nbytes for account in result.tensors) == plan.nbytes
+        assert result.adapter_bytes <= plan.file_bytes
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json").nbytes == plan.nbytes
+        if "budget" in wish:
+            assert result.adapter_bytes <= 40_000
+
+
+def test_headers_have_room_for_any_order(
+    make_pair: Callable[..., Pair], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+    shapes = [(1, 20), (1, 20), (3, 25)]
+    base: Tensors = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in zip(names, shapes, strict=True)
+    }
+    tuned = base | {names[2]: base[names[2]] + 1}
+    result = lora_compress.extract(*make_pair(base, tuned), tmp_path / "out", rank=1, layout="uniform", dtype="F32")
+    assert result.rank == 1
+
+
+def test_a_rank_that_is_rounded_up_has_the_error_of_that_rank(
+    make_pair: Callable[..., Pair], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    base: Tensors = {"w.weight": rng.standard_normal((200, 200)).astype(np.float32)}
+    change = low_rank(rng, (200, 200), 47) + 0.01 * rng.standard_normal((200, 200))
+    paths = make_pair(base, {"w.weight": base["w.weight"] + change.astype(np.float32)})
+    for wish in ("energy=0.5", "bulk-edge", "4"):
+        plan = lora_compress.plan(*paths, rank=wish, ranks_allowed="128", bound=2)
+        result = lora_compress.extract(*paths, tmp_path / "out", plan=plan, force=True)
+        assert result.error == pytest.approx(plan.error, rel=1e-2), wish
+
+
+def test_decompositions_of_another_rank_promise_no_sizes(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_plugins import plugin, registering, use
+
+    loha = lora_compress.Decomposition("hadamard", "out r, r in, out s, s in")
+    use(monkeypatch, ("mine", plugin(register_decompositions=registering(loha))))
+    for wish in (
+        {"rank": 3, "max_rank": 3},
+        {"rank": 3, "layout": "uniform"},
+        {"rank": 3, "ranks_allowed": "4x"},
+        {"error": 0.8},
+    ):
+        with pytest.raises(SelectionError, match="stores pairs of another rank"):
+            lora_compress.extract(*pair, tmp_path / "out", decomposition="hadamard", **wish)
+    result = lora_compress.extract(*pair, tmp_path / "out", decomposition="hadamard", rank=8, dtype="F32")
+    assert result.rank <= 24, "no more than ΔW itself has"
+    assert lora_compress.verify(*pair, tmp_path / "out").ok

@@ -29,7 +29,7 @@ Examples:
     "--bound",
     type=click.IntRange(1),
     metavar="N",
-    help="Singular values to find in each matrix at first; more are found where ranks depend on them.",
+    help="Singular values to find in each matrix at first; more are found where ranks depend on them (knee: of those).",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
 @options(TENSORS)

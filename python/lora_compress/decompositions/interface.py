@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from lora_compress.decompositions import als
 from lora_compress.decompositions.network import Network
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from lora_compress._native import Delta
@@ -95,7 +96,7 @@ class Decomposition:
         """The rank of `lower` for factors of a (rows, cols) delta at `rank`."""
         sizes = self.sizes(rows, cols, rank)
         _, bonds = self.network.cut(sizes)
-        return math.prod(sizes[index] for index in bonds)
+        return min(math.prod(sizes[index] for index in bonds), rows, cols)
 
     def factors_of(self, delta: Delta, rank: int, *, seed: int, tolerance: float) -> Sequence[Factor]:
         """Factors for a delta at a rank, by `fit`, or by alternating least squares."""
@@ -117,4 +118,9 @@ class Decomposition:
         Raises `ValueError` when the factors do not fit the contraction.
         """
         b, a = self.network.lower(factors)
-        return b, a
+        if b.shape[1] <= min(b.shape[0], a.shape[1]):
+            return b, a
+        # A cut with more bonds than ΔW has rows or columns: ΔW itself is the smaller factor.
+        product = self.network.dense(factors)
+        identity = np.eye(min(product.shape), dtype=product.dtype)
+        return (identity, product) if product.shape[0] <= product.shape[1] else (product, identity)

@@ -66,11 +66,11 @@ def _tensor_json(tensor: TensorPlan, weight: float) -> dict[str, Any]:
         "bytes": tensor.nbytes,
     }
     spectrum = tensor.spectrum
+    if tensor.unit:
+        row |= {"unit": tensor.unit, "rank": tensor.rank}
     if spectrum is not None:
         row |= {
-            "unit": tensor.unit,
             "weight": weight,
-            "rank": tensor.rank,
             "error": spectrum.error(tensor.rank),
             "rounding_energy": spectrum.rounding_energy,
             "noise_edge": spectrum.noise_edge,
@@ -159,7 +159,7 @@ def _tensor(row: Any) -> TensorPlan:
             base_energy,
             new_rows=_count(row, "new_rows"),
             fixed=_count(row, "fixed"),
-            unit=_count(row, "unit") if spectrum is not None else 0,
+            unit=_count(row, "unit") if "unit" in row else 0,
             spectrum=spectrum,
             rank=0,
         )

@@ -28,7 +28,8 @@ FILES = 1024
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor. `spectrum` is there where ranks can be chosen; `unit` is what one more rank takes, `fixed` what is
+    """One tensor. `spectrum` is there where ranks can be chosen (a matrix without one has a `unit` all the same where
+    the uniform layout gives it zeros); `unit` is what one more rank takes, `fixed` what is
     stored whatever the ranks (exact tensors, new rows), both in bytes.
     """
 
@@ -84,6 +85,11 @@ class Plan:
         return {tensor.name: tensor.rank for tensor in self.low_rank}
 
     @property
+    def stored_ranks(self) -> dict[str, int]:
+        """Rank of every tensor that gets factors, be they zeros."""
+        return {tensor.name: tensor.rank for tensor in self.tensors if tensor.rank}
+
+    @property
     def fixed(self) -> int:
         """Bytes of what is stored whatever the ranks."""
         return sum(tensor.fixed for tensor in self.tensors)
@@ -95,7 +101,8 @@ class Plan:
         for tensor in self.tensors:
             # Two factors; four where they serve a tied head too, which only an embedding's can. And what is stored
             # whole.
-            factors = 0 if tensor.spectrum is None else 4 if is_embedding(tensor.name) else 2
+            stored = tensor.spectrum is not None or (tensor.unit > 0 and self.choice.layout == "uniform")
+            factors = 0 if not stored else 4 if is_embedding(tensor.name) else 2
             entries += (factors + (tensor.fixed > 0) + (tensor.new_rows > 0)) * (len(tensor.name) + ENTRY)
         return self.fixed + entries + FILES
 
@@ -137,6 +144,10 @@ class Plan:
         answer = solve(self, choice)
         names = [tensor.name for tensor in self.low_rank]
         by_name = dict(zip(names, answer.ranks, strict=True))
+        if choice.layout == "uniform":
+            by_name |= {tensor.name: max(answer.ranks, default=0) for tensor in self.tensors if tensor.unit}
+        else:
+            by_name |= {tensor.name: 0 for tensor in self.tensors if tensor.spectrum is None}
         tensors = tuple(
             replace(tensor, rank=by_name[tensor.name]) if tensor.name in by_name else tensor for tensor in self.tensors
         )

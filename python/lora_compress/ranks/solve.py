@@ -81,7 +81,7 @@ def curve(plan: Plan) -> list[tuple[int, float]]:
     lost = math.fsum(tensor.error_energy for tensor in plan.tensors if tensor.spectrum is None)
     energy = math.fsum(item.spectrum.energy for item in items)
     if plan.choice.layout == "uniform":
-        unit = sum(item.unit for item in items)
+        unit = sum(tensor.unit for tensor in plan.tensors)
         ladder = [0, *plan.choice.ranks(max((item.limit for item in items), default=0))]
         # Zeros beyond the last direction are known to be zeros.
         open_end = any(not item.spectrum.is_complete for item in items)
@@ -101,8 +101,9 @@ def _each(items: Sequence[Item], choice: RankChoice) -> Answer:
     for item in items:
         rank = item.spectrum.rank(choice.rule, choice.value)
         known = len(item.spectrum.sigma)
-        unknown.append(rank is None and known < choice.top(item.limit))
         ranks.append(choice.round_up(known if rank is None else rank))
+        # A rank that is rounded up needs the σ up to there, to tell its error.
+        unknown.append(_is_short(item, ranks[-1]) or (rank is None and known < choice.top(item.limit)))
     return Answer(ranks, unknown)
 
 
@@ -160,7 +161,7 @@ def _uniform(plan: Plan, items: Sequence[Item], choice: RankChoice) -> Answer:
     """One rank for all tensors: lower ranks would be padded with zeros, and cost the same."""
     limit = max((item.limit for item in items), default=0)
     ladder = choice.ranks(limit) if limit else [0]
-    unit = sum(item.unit for item in items)
+    unit = sum(tensor.unit for tensor in plan.tensors)
     unknown = [False] * len(items)
     if choice.rule == BUDGET:
         room = _room(plan, choice)
@@ -186,7 +187,7 @@ def _uniform(plan: Plan, items: Sequence[Item], choice: RankChoice) -> Answer:
         if choice.rule == AUTO and items:
             size = sum(item.unit * each for item, each in zip(items, separate.ranks, strict=True))
             merged = max((item.spectrum.low_rank or 0 for item in items), default=0)
-            rank = choice.round_up(max(1, round(size / unit), merged))
+            rank = choice.round_up(max(1, round(size / sum(item.unit for item in items)), merged))
     short = [_is_short(item, rank) for item in items]
     return Answer([rank] * len(items), [a or b for a, b in zip(unknown, short, strict=True)])
 

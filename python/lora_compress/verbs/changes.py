@@ -10,7 +10,7 @@ from typing import Any
 from lora_compress._native import check_finite, energies, same_bytes
 from lora_compress.adapter import Format
 from lora_compress.errors import PlanError, TensorError
-from lora_compress.model import HEAD, WEIGHT, Model
+from lora_compress.model import HEAD, WEIGHT, Model, last_component
 from lora_compress.verbs.account import TensorAccount
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress
@@ -89,6 +89,17 @@ class Changes:
         """Bytes that one more rank of a matrix takes in an adapter."""
         copies = 2 if pair.name == self.tied_embedding else 1
         return sum(pair.base.shape) * DTYPES[dtype] * copies
+
+    @property
+    def zeros(self) -> list[Pair]:
+        """Matrices that get factors of zeros in the uniform layout: some servers drop a whole kind of module when one
+        layer lacks it.
+        """
+        kinds = {last_component(pair.name) for pair in self.low_rank}
+        same = (
+            pair for pair in self.pairs if pair.treatment is Treatment.UNCHANGED and pair.is_matrix and pair.elements
+        )
+        return [pair for pair in same if last_component(pair.name) in kinds]
 
     def announce(self, pair: Pair) -> None:
         """Let the disk read a pair while another is computed."""

@@ -193,6 +193,7 @@ def extract(
     elif choice.fixed is None:
         plan = plan_changes(changes, choice, options, base=str(base), tuned=str(tuned), progress=progress)
     ranks = _ranks(changes, plan, choice)
+    _refuse_other_ranks(method, changes, ranks, choice, planned=plan is not None)
     if isinstance(scale, Mapping) and (
         strangers := set(scale) - {last_component(pair.name) for pair in changes.low_rank}
     ):
@@ -291,22 +292,28 @@ def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount]) -> lis
 
 def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str, int]:
     """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
-    uniform = choice.layout == "uniform"
     if plan is not None:
-        ranks = dict(plan.ranks)
-    else:
-        shorter = {pair.name: min(pair.base.shape) for pair in changes.low_rank}
-        largest = max(shorter.values(), default=0)
-        fixed = choice.round_up(min(int(choice.value), largest)) if uniform else choice.fixed or 0
-        pads = uniform or choice.has_ladder
-        ranks = {name: fixed if pads else min(fixed, limit) for name, limit in shorter.items()}
-    if uniform:
-        # Some servers drop a whole kind of module when one layer lacks it.
-        rank, kinds = max(ranks.values(), default=0), {last_component(name) for name in ranks}
-        same = [pair.name for pair in changes.pairs if pair.treatment is Treatment.UNCHANGED and pair.is_matrix]
-        same += [pair.name for pair in changes.low_rank if pair.name not in ranks]
-        ranks |= {name: rank for name in same if last_component(name) in kinds}
-    return ranks
+        return plan.stored_ranks
+    uniform, pads = choice.layout == "uniform", choice.layout == "uniform" or choice.has_ladder
+    shorter = {pair.name: min(pair.base.shape) for pair in changes.low_rank if pair.elements}
+    fixed = choice.round_up(min(int(choice.value), max(shorter.values(), default=0))) if uniform else choice.fixed or 0
+    ranks = {name: fixed if pads else min(fixed, limit) for name, limit in shorter.items()}
+    return ranks | ({pair.name: fixed for pair in changes.zeros} if uniform else {})
+
+
+def _refuse_other_ranks(
+    method: Decomposition, changes: Changes, ranks: Mapping[str, int], choice: RankChoice, *, planned: bool
+) -> None:
+    """Raise `SelectionError` where sizes and errors are promised, and the decomposition stores pairs of other ranks."""
+    if not planned and choice == RankChoice("rank", choice.value, choice.weights):
+        return
+    for pair in changes.low_rank:
+        rank = ranks.get(pair.name, 0)
+        if rank and method.lowered_rank(pair.base.shape[0], pair.base.shape[1], rank) != min(rank, *pair.base.shape):
+            raise SelectionError(
+                f"the decomposition `{method.name}` stores pairs of another rank than it is asked for (`{pair.name}`): "
+                "give it --rank N, without plans, budgets, errors, caps, ladders and layouts"
+            )
 
 
 def _decompose(

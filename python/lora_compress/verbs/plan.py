@@ -128,13 +128,13 @@ def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
     accounts = {account.name: account for account in untouched(changes)}
     for pair in changes.changed:
         accounts[pair.name] = unmeasured_account(pair)
-    units = {pair.name: changes.unit(pair, options.dtype) for pair in changes.low_rank}
+    units, matrices = _units(changes, options), {pair.name for pair in changes.low_rank}
     for name in sorted({*planned, *accounts}):
         tensor, account = planned.get(name), accounts.get(name)
         if tensor is None or account is None:
             raise PlanError(f"`{name}` is {'not in the plan' if tensor is None else 'in the plan only'}: plan again")
-        unit = units.get(name, 0) if tensor.spectrum is not None else 0
-        has_none = tensor.spectrum is None and name in units and tensor.delta_energy != 0.0
+        unit = units.get(name, 0)
+        has_none = tensor.spectrum is None and name in matrices and tensor.delta_energy != 0.0
         said = (tensor.shape, tensor.treatment, tensor.new_rows, tensor.fixed, tensor.unit)
         found = (account.shape, account.treatment.value, account.new_rows, account.nbytes, unit)
         if said != found or has_none:
@@ -193,16 +193,21 @@ def _first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
     """How many σ are probably enough.
 
     The directions that stand out of white noise, which "auto" looks for, are rarely more than a thirtieth of the
-    shorter side of a large matrix. A cap needs one more than it allows: a cliff is seen from both sides.
+    shorter side of a large matrix.
     """
     natural = max(48, min(shape) // 32)
-    if choice.rule == "rank":
-        return max(natural, int(choice.value))
-    return natural if choice.max_rank is None else min(natural, choice.max_rank + 1)
+    return max(natural, choice.fixed or 0)
+
+
+def _units(changes: Changes, options: Options) -> dict[str, int]:
+    """What one more rank takes, in bytes, of every matrix that may get factors."""
+    return {
+        pair.name: changes.unit(pair, options.dtype) for pair in [*changes.low_rank, *changes.zeros] if pair.elements
+    }
 
 
 def _tensors(changes: Changes, measured: Measured, options: Options) -> tuple[TensorPlan, ...]:
-    pairs = {pair.name: pair for pair in changes.pairs}
+    units = _units(changes, options)
     tensors = []
     for account, spectrum in [*measured.values(), *((account, None) for account in untouched(changes))]:
         tensors.append(
@@ -215,7 +220,7 @@ def _tensors(changes: Changes, measured: Measured, options: Options) -> tuple[Te
                 account.base_energy,
                 account.new_rows,
                 account.nbytes,
-                changes.unit(pairs[account.name], options.dtype) if spectrum is not None else 0,
+                units.get(account.name, 0),
                 spectrum,
             )
         )

@@ -40,20 +40,19 @@ pub struct Writer {
 
 impl Writer {
     /// Starts a file. `expected` bounds the header: the tensors written later must be among these names, with no larger
-    /// shapes; leaving some out is fine.
+    /// shapes; leaving some out is fine, and so is any order.
     ///
     /// # Errors
     /// [`Error::Io`] when the directory cannot be written to, [`Error::Writer`] for a shape that overflows.
     pub fn create(path: &Path, expected: &[Spec], metadata: BTreeMap<String, String>) -> Result<Self> {
-        let mut bound = BTreeMap::new();
-        let mut position = 0u64;
+        let mut total = 0u64;
         for spec in expected {
             let overflow = || Error::Writer { path: path.into(), reason: format!("`{}` is too large", spec.name) };
             let nbytes = byte_count(spec.dtype, &spec.shape).ok_or_else(overflow)?;
-            let end = position.checked_add(nbytes).ok_or_else(overflow)?;
-            bound.insert(spec.name.clone(), (spec.clone(), position, end));
-            position = end;
+            total = total.checked_add(nbytes).ok_or_else(overflow)?;
         }
+        // No offset has more digits than the end of the last tensor.
+        let bound = expected.iter().map(|spec| (spec.name.clone(), (spec.clone(), total, total))).collect();
         let reserved = header_json(&bound, &metadata).len().next_multiple_of(PREFIX as usize);
 
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

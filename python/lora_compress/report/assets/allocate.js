@@ -49,7 +49,7 @@ class Allocation {
     this.choice = plan.choice;
     this.least = plan.leastBytes;
     this.uniform = plan.choice.layout === "uniform";
-    this.unit = this.tensors.reduce((sum, tensor) => sum + tensor.unit, 0);
+    this.unit = this.tensors.reduce((sum, tensor) => sum + tensor.unit, plan.zeroUnit);
     this.limit = Math.max(0, ...this.tensors.map((tensor) => tensor.useful));
     const unknown = this.tensors.some((tensor) => !tensor.complete);
     this.known = unknown ? Math.max(0, ...this.tensors.map((tensor) => tensor.known)) : Infinity;

@@ -36,6 +36,9 @@ function readPlan() {
   const plan = JSON.parse(document.getElementById("plan").textContent);
   plan.tensors = plan.tensors.map(readTensor);
   plan.lowRank = plan.tensors.filter((tensor) => tensor.sigma !== undefined);
+  // Matrices that did not change and get zeros where all have one rank.
+  const zeros = plan.tensors.filter((tensor) => tensor.sigma === undefined && plan.choice.layout === "uniform");
+  plan.zeroUnit = zeros.reduce((sum, tensor) => sum + (tensor.unit ?? 0), 0);
   plan.leastBytes = plan.totals.least_bytes;
   plan.fixed = plan.tensors.reduce((sum, tensor) => sum + tensor.fixed, 0);
   plan.energy = plan.totals.delta_energy;
@@ -51,6 +54,7 @@ function totals(plan, ranks) {
     left += rest(tensor, ranks[index]);
     largest = Math.max(largest, ranks[index]);
   });
+  bytes += plan.zeroUnit * largest;
   return { bytes, error: plan.energy > 0 ? Math.sqrt(left / plan.energy) : 0, largest };
 }
 
@@ -86,7 +90,8 @@ function accounting(plan, ranks) {
     const row = rows.get(tensor.treatment) ?? { treatment: tensor.treatment, tensors: 0, energy: 0, bytes: 0 };
     row.tensors += 1;
     row.energy += tensor.energy;
-    row.bytes += tensor.fixed + (tensor.unit ?? 0) * (rank.get(tensor) ?? 0);
+    const padded = plan.zeroUnit > 0 ? Math.max(0, ...ranks) : 0;
+    row.bytes += tensor.fixed + (tensor.unit ?? 0) * (rank.get(tensor) ?? padded);
     rows.set(tensor.treatment, row);
   }
   const order = Object.keys(TREATMENTS);
