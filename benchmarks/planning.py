@@ -22,7 +22,7 @@ from measure import ours, report, run, timed
 from pairs import ARCHITECTURES, shapes
 
 LAYERS = 32
-BOUND = 128
+BOUND = 320
 
 
 def plan_8b() -> Plan:
@@ -35,8 +35,8 @@ def plan_8b() -> Plan:
             tensors.append(TensorPlan(name, "BF16", shape, "exact", 1.0, 1e3, fixed=2 * shape[0]))
             continue
         rows, cols = shape
-        sigma = rng.uniform(0.1, 1.0) * np.arange(1, BOUND + 1.0) ** -rng.uniform(0.3, 0.7)
-        energy = float(np.square(sigma).sum() / rng.uniform(0.3, 0.8))
+        sigma = rng.uniform(0.1, 1.0) * np.arange(1, BOUND + 1.0) ** -rng.uniform(0.5, 0.9)
+        energy = float(np.square(sigma).sum() / rng.uniform(0.3, 0.6))
         spectrum = Spectrum((rows, cols), sigma.tolist(), energy, base_energy=1e4, rounding_energy=0.02 * energy)
         unit = 2 * (rows + cols)
         tensors.append(TensorPlan(name, "BF16", shape, "low-rank", energy, 1e4, unit=unit, spectrum=spectrum))
@@ -54,8 +54,8 @@ def replanning() -> list[dict[str, Any]]:
         wishes: list[dict[str, Any]] = [
             {"budget": "200MB"},
             {"rank": "auto"},
-            {"rank": "energy=0.4"},
-            {"budget": "1GB", "ranks_allowed": "8x"},
+            {"rank": "energy=0.2"},
+            {"budget": "300MB", "ranks_allowed": "8x"},
         ]
         for wish in wishes:
             choice = choose(**wish)

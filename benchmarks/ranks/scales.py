@@ -16,7 +16,7 @@ from lora_compress.torch.scale import search_scale
 from ranks import OPTIONS
 from safetensors.torch import load_file
 
-WISHES: tuple[dict[str, Any], ...] = ({"rank": 8}, {"rank": "auto"}, {"rank": 32})
+WISHES: tuple[dict[str, Any], ...] = ({"rank": 8}, {"rank": "auto"})
 
 
 def main() -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # What sums of energies may be off by, relatively.
 ROUNDING = 1e-9
+# The end of a merged LoRA is looked for up to this rank; beyond, more σ of large matrices cost more than the find is
+# worth.
+HIGHEST_LORA = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,8 @@ def _auto(items: Sequence[Item], choice: RankChoice) -> Answer:
         standing, above_noise = spectrum.rank("bulk-edge"), spectrum.rank("noise-edge")
         open_end = spectrum.low_rank is None and above_noise is None
         known = len(spectrum.sigma)
-        unknown.append(open_end and known < choice.top(item.limit) and (standing is None or spectrum.may_end_soon))
+        near = known < HIGHEST_LORA and spectrum.may_end_soon
+        unknown.append(open_end and known < choice.top(item.limit) and (standing is None or near))
         if spectrum.low_rank is None:
             capped.append(_above_noise(item))
             wanted = len(spectrum.sigma) if standing is None else standing

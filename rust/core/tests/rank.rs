@@ -221,6 +221,17 @@ fn an_end_that_is_near_is_suspected() {
 }
 
 #[test]
+fn behind_a_cliff_no_other_is_suspected() {
+    // Noise three times as strong as rounding explains: no merged LoRA, and no reason to look on.
+    for known in [30, 60, 120] {
+        let (spectrum, noise) = planted(300, 300, 20, 1.0, known);
+        let spectrum =
+            Spectrum::new((300, 300), spectrum.sigma().to_vec(), spectrum.energy(), 1.0, noise / 1e3).unwrap();
+        assert!(spectrum.low_rank().is_none() && !spectrum.may_end_soon(), "{known}");
+    }
+}
+
+#[test]
 fn exact_low_rank_is_found_without_noise() {
     let mut sigma = vec![3.0, 2.0, 1.0];
     sigma.resize(40, 0.0);

@@ -207,11 +207,13 @@ impl Spectrum {
     }
 
     /// Whether a cliff may lie beyond the σ that are known: as many directions again as are known, twice over, of the size of the
-    /// last one would hold all that is left. (In a fine-tune far more than that are left.)
+    /// last one would hold all that is left (in a fine-tune far more than that are left), and the last one still stands out of
+    /// white noise with that energy (behind a cliff none does).
     #[must_use]
     pub fn may_end_soon(&self) -> bool {
-        let Some(&last) = self.sigma.last() else { return !self.is_complete() };
-        !self.is_complete() && self.rest(self.sigma.len()) <= 2.0 * self.sigma.len() as f64 * last * last
+        let (known, Some(&last)) = (self.sigma.len(), self.sigma.last()) else { return !self.is_complete() };
+        let stands_out = last > 1.1 * self.bulk_edge(known);
+        !self.is_complete() && stands_out && self.rest(known) <= 2.0 * known as f64 * last * last
     }
 
     /// The largest σ that white noise with all the energy beyond the first `rank` directions would have; 0 where none is left.
