@@ -80,10 +80,13 @@ def _grown(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of a cut: its factors, its own indices of ΔW, and the bonds that lead to the other side."""
+    """One side of a cut: its factors, its own indices of ΔW, and the bonds that lead to the other side, with what they
+    are called on this one.
+    """
 
     numbers: tuple[int, ...]
     own: Term
+    bonds: Term
     ends: Term
     deltas: tuple[tuple[str, str], ...]
 
@@ -95,6 +98,7 @@ def _sides(network: Network, sizes: Mapping[str, int]) -> tuple[_Side, _Side]:
         _Side(
             numbers,
             own,
+            bonds,
             tuple(index + "'" if index in own else index for index in bonds),
             tuple((index, index + "'") for index in bonds if index in own),
         )
@@ -109,7 +113,7 @@ def _solve(
     sizes = network.sizes(factors)
     sides = _sides(network, sizes)
     mine, other = sides if number in sides[0].numbers else sides[::-1]
-    across = _product(network, factors, sizes, other, other.numbers)
+    across = network.side(factors, sizes, other.numbers, other.own, other.bonds)
     flat = across.reshape(math.prod(sizes[index] for index in other.own), -1)
     multiply = delta.matmul if mine is sides[0] else delta.rmatmul
     image = multiply(flat.astype(np.float32)).astype(np.float64)
@@ -152,19 +156,6 @@ def _solve(
         np.sum(right_side * np.moveaxis(best, range(best.ndim), [(*shared, *inner).index(i) for i in term]))
     )
     return np.ascontiguousarray(best), max(delta.energy - captured, 0.0)
-
-
-def _product(
-    network: Network,
-    factors: Sequence[NDArray[np.float64]],
-    sizes: Mapping[str, int],
-    side: _Side,
-    numbers: Sequence[int],
-) -> Any:
-    """One side over (own indices, bonds)."""
-    terms = [network.terms[number] for number in numbers] + list(side.deltas)
-    arrays = [factors[number] for number in numbers] + [np.eye(sizes[index]) for index, _ in side.deltas]
-    return contract(terms, (*side.own, *side.ends), arrays)
 
 
 def _least_squares(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:

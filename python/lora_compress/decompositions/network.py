@@ -135,8 +135,8 @@ class Network:
         left, bonds = self.cut(sizes)
         right = tuple(number for number in range(len(self.terms)) if number not in left)
         rank = _size(bonds, sizes)
-        b = self._side(factors, sizes, left, self.rows, bonds).reshape(_size(self.rows, sizes), rank)
-        a = self._side(factors, sizes, right, self.cols, bonds).reshape(_size(self.cols, sizes), rank)
+        b = self.side(factors, sizes, left, self.rows, bonds).reshape(_size(self.rows, sizes), rank)
+        a = self.side(factors, sizes, right, self.cols, bonds).reshape(_size(self.cols, sizes), rank)
         return b, a.T
 
     def cut(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], Term]:
@@ -165,7 +165,7 @@ class Network:
             sides[number not in left] |= set(term)
         return tuple(index for index in self.indices if index in sides[0] & sides[1])
 
-    def _side(
+    def side(
         self, factors: Sequence[Any], sizes: Mapping[str, int], numbers: Sequence[int], own: Term, bonds: Term
     ) -> Any:
         """The product of one side's factors over (own indices, bonds)."""
