@@ -70,8 +70,8 @@ def by_hand(plan: Plan, linear: int, embedding: int) -> Plan:
 def measure(name: str, cache: Path, windows: int, report: Callable[[str], None]) -> dict[str, Any]:
     """All rows of one pair."""
     fidelity = Fidelity(cache, name, windows)
-    # Enough singular values for the largest setting of the table.
-    plan = lora_compress.plan(fidelity.base, fidelity.tuned, bound=192, options=OPTIONS)
+    # All singular values: budgets of the table may give one tensor many.
+    plan = lora_compress.plan(fidelity.base, fidelity.tuned, bound=1024, options=OPTIONS)
     rows: list[Row] = []
     seen: dict[tuple[int, ...], Row] = {}
     for label, planned in settings(plan, name):
