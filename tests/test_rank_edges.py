@@ -297,6 +297,8 @@ def test_zeros_of_the_uniform_layout_are_planned_and_paid_for(pair: Pair, tmp_pa
         assert Plan.load(tmp_path / "plan.json").nbytes == plan.nbytes
         if "budget" in wish:
             assert result.adapter_bytes <= 40_000
+            # The same from a plan of another layout.
+            assert lora_compress.plan(*pair).replan(**wish, layout="uniform").nbytes == plan.nbytes
 
 
 def test_headers_have_room_for_any_order(

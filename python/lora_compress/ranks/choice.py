@@ -57,6 +57,11 @@ class RankChoice:
         return bool(self.allowed) or self.multiple > 1
 
     @property
+    def pads(self) -> bool:
+        """Whether factors of fewer directions than their rank get zeros."""
+        return self.has_ladder or self.layout == "uniform"
+
+    @property
     def fixed(self) -> int | None:
         """The rank of every tensor, where that needs no spectrum."""
         return self.round_up(int(self.value)) if self.rule == "rank" else None

@@ -141,7 +141,8 @@ class Plan:
 
     def choose(self, choice: RankChoice) -> Plan:
         """The same facts with the ranks of another choice. Raises `SelectionError` where it cannot be met."""
-        answer = solve(self, choice)
+        # What headers take depends on the layout: on the one that is asked for, not on the one before.
+        answer = solve(replace(self, choice=choice), choice)
         names = [tensor.name for tensor in self.low_rank]
         by_name = dict(zip(names, answer.ranks, strict=True))
         if choice.layout == "uniform":

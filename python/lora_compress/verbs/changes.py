@@ -25,9 +25,9 @@ class Options:
     it.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    embeddings: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    embeddings: Sequence[str] = ()
     skip_missing: bool = False
     tied_head: bool = True
     format: str = "peft"

@@ -167,16 +167,7 @@ def extract(
         raise ValueError(f"tolerance ({tolerance}) must be positive, scale ({scale}) must not be 0")
     asked = {"rank": rank, "budget": budget, "error": error, "weights": weights, "ranks_allowed": ranks_allowed}
     choice = choose(**asked, max_rank=max_rank, layout=layout)  # type: ignore[arg-type]
-    options = Options(
-        tuple((include,) if isinstance(include, str) else include),
-        tuple((exclude,) if isinstance(exclude, str) else exclude),
-        tuple((embeddings,) if isinstance(embeddings, str) else embeddings),
-        skip_missing,
-        tied_head,
-        format,
-        dtype,
-        seed,
-    )
+    options = Options(include, exclude, embeddings, skip_missing, tied_head, format, dtype, seed)
     if plan is not None:
         if choice != RankChoice() or options != Options():
             raise PlanError("a plan already says which tensors, ranks and dtype: plan again to change them")
@@ -294,10 +285,10 @@ def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str,
     """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
     if plan is not None:
         return plan.stored_ranks
-    uniform, pads = choice.layout == "uniform", choice.layout == "uniform" or choice.has_ladder
+    uniform = choice.layout == "uniform"
     shorter = {pair.name: min(pair.base.shape) for pair in changes.low_rank if pair.elements}
     fixed = choice.round_up(min(int(choice.value), max(shorter.values(), default=0))) if uniform else choice.fixed or 0
-    ranks = {name: fixed if pads else min(fixed, limit) for name, limit in shorter.items()}
+    ranks = {name: fixed if choice.pads else min(fixed, limit) for name, limit in shorter.items()}
     return ranks | ({pair.name: fixed for pair in changes.zeros} if uniform else {})
 
 
@@ -340,7 +331,6 @@ def _decompose(
     if planned is not None and abs(planned - delta.energy) > 1e-9 * delta.energy:
         raise PlanError(f"`{pair.name}` has changed since it was planned: plan again")
     rank = ranks.get(pair.name, 0)
-    pads = choice.layout == "uniform" or choice.has_ladder
     if delta.energy == 0.0 or rank == 0:
         # Without energy but with other bytes: zeros of another sign, or new rows only. Or not worth a direction.
         zeros = _padded(np.zeros((delta.shape[0], 0)), np.zeros((0, delta.shape[1])), rank)
@@ -355,7 +345,7 @@ def _decompose(
         error = delta.residual_energy(b, a)
     if not error < float("inf"):
         raise TensorError(f"`{pair.name}`: its factors overflow {options.dtype}; use --dtype F32")
-    b, a = _padded(b, a, rank) if pads else (b, a)
+    b, a = _padded(b, a, rank) if choice.pads else (b, a)
     return replace(account, rank=b.shape[1], error_energy=error), (b, a)
 
 

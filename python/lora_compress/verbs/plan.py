@@ -92,12 +92,13 @@ def plan_changes(
 ) -> Plan:
     """As `plan`, for changes that have been found."""
     started = time.perf_counter()
+    fingerprints = {"base": fingerprint(changes.base.checkpoint), "tuned": fingerprint(changes.tuned.checkpoint)}
     measured = _measure(changes, changes.changed, {}, choice, options, bound, progress)
     while True:
         result = Plan(
             base,
             tuned,
-            {"base": fingerprint(changes.base.checkpoint), "tuned": fingerprint(changes.tuned.checkpoint)},
+            fingerprints,
             options.to_json(),
             choice,
             _tensors(changes, measured, options),
