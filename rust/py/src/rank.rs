@@ -14,14 +14,13 @@ use crate::error::to_python;
 #[pyclass(frozen, module = "lora_compress._native")]
 pub struct Spectrum {
     pub inner: core::Spectrum,
-    rounding_energy: f64,
 }
 
 impl Spectrum {
     pub fn of(delta: &core::Delta, sigma: Vec<f64>) -> PyResult<Self> {
-        let (shape, rounding_energy) = ((delta.rows(), delta.cols()), delta.rounding_energy());
-        let inner = core::Spectrum::new(shape, sigma, delta.energy(), delta.base_energy(), rounding_energy);
-        Ok(Self { inner: inner.map_err(to_python)?, rounding_energy })
+        let shape = (delta.rows(), delta.cols());
+        let inner = core::Spectrum::new(shape, sigma, delta.energy(), delta.base_energy(), delta.rounding_energy());
+        Ok(Self { inner: inner.map_err(to_python)? })
     }
 }
 
@@ -37,7 +36,7 @@ impl Spectrum {
         rounding_energy: f64,
     ) -> PyResult<Self> {
         let inner = core::Spectrum::new(shape, sigma, energy, base_energy, rounding_energy).map_err(to_python)?;
-        Ok(Self { inner, rounding_energy })
+        Ok(Self { inner })
     }
 
     /// (rows, cols) of Δ.
@@ -67,7 +66,7 @@ impl Spectrum {
     /// Energy that rounding to tuned's dtype has added to Δ: Σ spacing²/12 over the elements that changed.
     #[getter]
     fn rounding_energy(&self) -> f64 {
-        self.rounding_energy
+        self.inner.rounding_energy()
     }
 
     /// Whether no σ > 0 is missing.

@@ -114,6 +114,12 @@ impl Spectrum {
         self.base_energy
     }
 
+    /// Energy that rounding has put into Δ.
+    #[must_use]
+    pub fn rounding_energy(&self) -> f64 {
+        self.rounding_energy
+    }
+
     /// Whether no σ > 0 is missing.
     #[must_use]
     pub fn is_complete(&self) -> bool {
