@@ -82,6 +82,8 @@ class Delta:
     def __new__(cls, base: Checkpoint, tuned: Checkpoint, name: str, workspace: Workspace | None = None) -> Delta: ...
     @staticmethod
     def from_array(values: NDArray[np.float32], name: str = "delta") -> Delta: ...
+    @staticmethod
+    def stack(deltas: Sequence[Delta]) -> Delta: ...
     @property
     def name(self) -> str: ...
     @property
@@ -190,6 +192,7 @@ class Update:
         cls,
         *,
         low_rank: Sequence[LowRank] = ...,
+        computed: Sequence[Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]] | NDArray[np.float32]]] = ...,
         replacements: Sequence[tuple[Checkpoint, str]] = ...,
         new_rows: tuple[Checkpoint, str] | None = None,
     ) -> Update: ...

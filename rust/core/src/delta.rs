@@ -69,6 +69,22 @@ impl Delta {
         Self::pack(Difference::from_values(values, rows, cols), &Workspace::default())
     }
 
+    /// The rows of several deltas, one below the other, read anew from where they came from.
+    ///
+    /// # Errors
+    /// [`Error::UpdateShape`] when there are none or their columns differ; as [`Self::load`].
+    pub fn stack(deltas: &[&Self]) -> Result<Self> {
+        let parts = deltas.iter().map(|delta| delta.difference.clone()).collect();
+        let difference = Difference::stack(parts).ok_or_else(|| Error::UpdateShape {
+            name: "stack of deltas".into(),
+            shape: deltas.iter().map(|delta| delta.cols()).collect(),
+            what: "a stack".into(),
+            found: deltas.iter().map(|delta| delta.rows()).collect(),
+        })?;
+        let workspace = deltas.first().map(|delta| delta.workspace.clone()).unwrap_or_default();
+        Self::pack(difference, &workspace)
+    }
+
     fn pack(difference: Difference, workspace: &Workspace) -> Result<Self> {
         let (rows, cols) = (difference.rows(), difference.cols());
         if rows.min(cols) <= NARROW {
@@ -299,7 +315,7 @@ fn pack_bf16(difference: &Difference, exponent: i32, workspace: &Workspace) -> R
     let packing = fill(difference, &mut blocks, |strip, rows, blocks| {
         if exponent == 0
             && let Some(packing) =
-                with_scratch(0, |_, scratch| difference.pack_stored(strip, rows.clone(), blocks, scratch))?
+                with_scratch(0, |_, scratch| difference.pack_stored(rows.start - strip, rows.clone(), blocks, scratch))?
         {
             return Ok(packing);
         }

@@ -14,14 +14,20 @@ use crate::kernel::{self, Packing, Sums};
 use crate::panels;
 
 /// Where the values of a difference come from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Source {
-    Files { base: Arc<Checkpoint>, tuned: Arc<Checkpoint>, dtypes: (Dtype, Dtype) },
-    Memory(Vec<f32>),
+    Files {
+        base: Arc<Checkpoint>,
+        tuned: Arc<Checkpoint>,
+        dtypes: (Dtype, Dtype),
+    },
+    Memory(Arc<Vec<f32>>),
+    /// The rows of the first, those of the second, and so on.
+    Stack(Vec<Difference>),
 }
 
 /// A difference that is not held in memory, unless it came from there.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Difference {
     source: Source,
     name: String,
@@ -75,7 +81,15 @@ impl Difference {
 
     /// Of values in memory, row-major.
     pub(crate) fn from_values(values: Vec<f32>, rows: usize, cols: usize) -> Self {
-        Self { source: Source::Memory(values), name: "delta".into(), rows, cols }
+        Self { source: Source::Memory(Arc::new(values)), name: "delta".into(), rows, cols }
+    }
+
+    /// The rows of several differences, one below the other; `None` unless all have the same number of columns.
+    pub(crate) fn stack(parts: Vec<Self>) -> Option<Self> {
+        let cols = parts.first()?.cols;
+        let rows = parts.iter().try_fold(0usize, |rows, part| rows.checked_add(part.rows))?;
+        let name = parts.iter().map(|part| part.name.as_str()).collect::<Vec<_>>().join(" + ");
+        parts.iter().all(|part| part.cols == cols).then_some(Self { source: Source::Stack(parts), name, rows, cols })
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -89,8 +103,26 @@ impl Difference {
     /// Energy that rounding tuned to its dtype has added to Δ, given the sums over it: an error spread evenly over one spacing s
     /// has the variance s²/12, and s = 2u·2^⌊log₂|w|⌋. Elements that did not change carry none; 0 for values in memory.
     pub(crate) fn rounding_energy(&self, sums: &Sums) -> f64 {
-        let Source::Files { dtypes, .. } = &self.source else { return 0.0 };
-        dtypes.1.unit_roundoff().map_or(0.0, |unit| sums.binades * unit * unit / 3.0)
+        let unit = self.unit_roundoff();
+        sums.binades * unit * unit / 3.0
+    }
+
+    /// Of tuned's dtype, 0 for values in memory; the largest in a stack.
+    fn unit_roundoff(&self) -> f64 {
+        match &self.source {
+            Source::Files { dtypes, .. } => dtypes.1.unit_roundoff().unwrap_or(0.0),
+            Source::Memory(_) => 0.0,
+            Source::Stack(parts) => parts.iter().map(Self::unit_roundoff).fold(0.0, f64::max),
+        }
+    }
+
+    /// Whether both sides are stored in bf16 throughout.
+    fn is_bf16(&self) -> bool {
+        match &self.source {
+            Source::Files { dtypes, .. } => *dtypes == (Dtype::BF16, Dtype::BF16),
+            Source::Memory(_) => false,
+            Source::Stack(parts) => parts.iter().all(Self::is_bf16),
+        }
     }
 
     /// The sums over all elements.
@@ -109,24 +141,39 @@ impl Difference {
         Ok(total)
     }
 
-    /// Where both sides are stored in bf16: `rows` into blocks of a strip that begins at row `strip`, in one
-    /// pass over the files' bytes. `None` for other dtypes.
+    /// Where both sides are stored in bf16: `rows` into blocks of a strip, from its row `at` on, in one pass over the files'
+    /// bytes. `None` for other dtypes.
     ///
     /// # Errors
     /// As [`Self::read`].
     pub(crate) fn pack_stored(
         &self,
-        strip: usize,
+        at: usize,
         rows: Range<usize>,
         blocks: &mut [u16],
         scratch: &mut Scratch,
     ) -> Result<Option<Packing>> {
-        let Source::Files { base, tuned, dtypes: (Dtype::BF16, Dtype::BF16) } = &self.source else { return Ok(None) };
+        if !self.is_bf16() {
+            return Ok(None);
+        }
+        let (base, tuned) = match &self.source {
+            Source::Files { base, tuned, .. } => (base, tuned),
+            Source::Memory(_) => return Ok(None),
+            Source::Stack(parts) => {
+                let mut total = Packing::default();
+                for (part, first, own) in within(parts, &rows, |part| part.rows) {
+                    let at = at + first + own.start - rows.start;
+                    let Some(packing) = part.pack_stored(at, own, blocks, scratch)? else { return Ok(None) };
+                    total.add(packing);
+                }
+                return Ok(Some(total));
+            }
+        };
         let (begin, len) = (rows.start * self.cols, rows.len() * self.cols);
         let (base_bytes, tuned_bytes) = scratch.pair(2 * len, 2 * len);
         base.read_bytes(&self.name, 2 * begin as u64, base_bytes)?;
         tuned.read_bytes(&self.name, 2 * begin as u64, tuned_bytes)?;
-        let packing = kernel::subtract_and_pack(base_bytes, tuned_bytes, self.cols, rows.start - strip, blocks);
+        let packing = kernel::subtract_and_pack(base_bytes, tuned_bytes, self.cols, at, blocks);
         if packing.sums.is_finite() {
             return Ok(Some(packing));
         }
@@ -144,6 +191,14 @@ impl Difference {
         const CACHED: usize = 2048;
         let (base, tuned, dtypes) = match &self.source {
             Source::Files { base, tuned, dtypes } => (base, tuned, *dtypes),
+            Source::Stack(parts) => {
+                let mut sums = Sums::default();
+                for (part, first, own) in within(parts, &(begin..begin + out.len()), |part| part.rows * part.cols) {
+                    let out = &mut out[first + own.start - begin..first + own.end - begin];
+                    sums.add(part.read(own.start, out, scratch)?);
+                }
+                return Ok(sums);
+            }
             Source::Memory(values) => {
                 out.copy_from_slice(values.get(begin..begin + out.len()).unwrap_or_default());
                 let largest = out.iter().fold(0f32, |most, value| most.max(value.abs()));
@@ -183,6 +238,22 @@ impl Difference {
         let index = out.iter().position(|value| !value.is_finite()).unwrap_or(0);
         Err(Error::Overflow { name: self.name.clone(), index: begin + index, value: sums.energy, dtype: Dtype::F32 })
     }
+}
+
+/// The parts that a range of a stack falls into: each with where it begins in the stack, and the range inside it.
+fn within<'a>(
+    parts: &'a [Difference],
+    range: &Range<usize>,
+    len: impl Fn(&Difference) -> usize,
+) -> impl Iterator<Item = (&'a Difference, usize, Range<usize>)> {
+    let range = range.clone();
+    let mut end = 0;
+    parts.iter().filter_map(move |part| {
+        let first = end;
+        end += len(part);
+        let own = range.start.max(first)..range.end.min(end);
+        (own.start < own.end).then(|| (part, first, own.start - first..own.end - first))
+    })
 }
 
 /// Refuses NaN and infinities in the rows of a tensor from `first_row` on.

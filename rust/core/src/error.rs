@@ -80,6 +80,15 @@ pub enum Error {
         found: Vec<usize>,
     },
 
+    /// What was to compute a tensor's update failed.
+    #[error("the update of `{name}` cannot be computed: {reason}")]
+    Computed {
+        /// The tensor of the base.
+        name: String,
+        /// What it said.
+        reason: String,
+    },
+
     /// Arithmetic was asked for on a tensor whose dtype this crate does not compute with.
     #[error("tensor `{name}` in `{}` is {dtype}: only BF16, F16, F32 and F64 can be computed with", path.display())]
     UnsupportedDtype {

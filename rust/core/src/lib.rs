@@ -65,6 +65,6 @@ pub use pattern::first_match;
 pub use rank::{Allocation, Candidate, Goal, Rule, Spectrum, Step};
 pub use same::same_bytes;
 pub use svd::{SvdOptions, Target, TruncatedSvd, singular_values, tensor_seed, truncated_svd};
-pub use update::{LoadedUpdate, LowRank, Source, Update};
+pub use update::{Computed, LoadedUpdate, LowRank, Source, Update, Values};
 pub use verify::{Comparison, compare};
 pub use write::{Spec, Writer};

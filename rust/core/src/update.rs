@@ -1,8 +1,9 @@
 //! What an adapter does to one tensor of the base: W' = round(W + Σ s·B·A), or a stored replacement, or appended rows.
 //!
-//! An [`Update`] names where its parts are stored; [`Update::load`] reads the factors (small) and leaves everything of the
-//! tensor's own size on disk. [`LoadedUpdate`] then produces any range of the result, so that merging and verifying stream.
+//! An [`Update`] names where its parts are stored, or what computes them; [`Update::load`] reads the factors (small) and leaves
+//! everything stored of the tensor's own size on disk. [`LoadedUpdate`] then produces any range of the result, so that merging and verifying stream.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -77,11 +78,40 @@ impl LowRank {
     }
 }
 
+/// The values of a term that is not stored as a pair of factors.
+#[derive(Debug)]
+pub enum Values {
+    /// B and A, whose product is added.
+    Pair(Matrix, Matrix),
+    /// The whole difference.
+    Dense(Matrix),
+}
+
+/// A term that is computed when its tensor's turn comes: decompositions that do not lower to a small pair would otherwise hold
+/// all of a model in memory.
+#[derive(Clone)]
+pub struct Computed(Arc<dyn Fn() -> std::result::Result<Values, String> + Send + Sync>);
+
+impl Computed {
+    /// A term that `compute` makes; called once for each time that the tensor is merged, on any thread.
+    pub fn new(compute: impl Fn() -> std::result::Result<Values, String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(compute))
+    }
+}
+
+impl fmt::Debug for Computed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Computed")
+    }
+}
+
 /// Everything that adapters do to one tensor.
 #[derive(Debug, Clone, Default)]
 pub struct Update {
     /// Low-rank terms, summed in this order.
     pub low_rank: Vec<LowRank>,
+    /// Terms that are computed, summed after those.
+    pub computed: Vec<Computed>,
     /// Stored values that take the place of the base's. One is copied; of several, each one's difference to the base is added.
     pub replacements: Vec<Source>,
     /// Rows appended after the base's last.
@@ -99,6 +129,8 @@ pub struct LoadedUpdate<'a> {
     cols: usize,
     /// Left and right factor in the tensor's own orientation, the scale, and whether the stored ones are transposed.
     terms: Vec<(Matrix, Matrix, f32, bool)>,
+    /// Terms that are whole differences.
+    dense: Vec<Matrix>,
     /// Where W is read from.
     start: Start<'a>,
     /// Further replacements, as differences to the base.
@@ -148,6 +180,29 @@ impl Update {
             let (left, right) = if term.transposed { (a, b) } else { (b, a) };
             terms.push((left, right, term.scale as f32, term.transposed));
         }
+        let mut dense = Vec::new();
+        for term in &self.computed {
+            base.computable(name)?;
+            let values = (term.0)().map_err(|reason| Error::Computed { name: name.into(), reason })?;
+            let (shape, found, values) = match values {
+                Values::Pair(b, a) => {
+                    let shape = (b.cols() == a.rows()).then_some((b.rows(), a.cols()));
+                    (shape, [b.rows(), b.cols(), a.rows(), a.cols()].to_vec(), Values::Pair(b, a))
+                }
+                Values::Dense(matrix) => {
+                    let shape = (matrix.rows(), matrix.cols());
+                    (Some(shape), [shape.0, shape.1].to_vec(), Values::Dense(matrix))
+                }
+            };
+            if shape != Some((rows, cols)) || info.shape.len() != 2 {
+                let (shape, what) = (info.shape.clone(), "what was computed for it,".into());
+                return Err(Error::UpdateShape { name: name.into(), shape, what, found });
+            }
+            match values {
+                Values::Pair(b, a) => terms.push((b, a, 1.0, false)),
+                Values::Dense(matrix) => dense.push(matrix),
+            }
+        }
         for source in &self.replacements {
             if source.shape()? != info.shape {
                 return Err(misfit(source, source.shape()?));
@@ -170,6 +225,7 @@ impl Update {
             rows,
             cols,
             terms,
+            dense,
             start,
             differences,
             new_rows: self.new_rows.as_ref(),
@@ -217,6 +273,12 @@ impl LoadedUpdate<'_> {
             };
             panels::multiply_add(out, left.subrows(range.start, range.len()), right, *scale);
         }
+        for matrix in &self.dense {
+            let rows = matrix.values().chunks_exact(self.cols.max(1)).skip(range.start);
+            for (sum, row) in delta.chunks_exact_mut(self.cols.max(1)).zip(rows) {
+                sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+            }
+        }
         for source in self.differences {
             let theirs = self.read_rows_f64(&source.checkpoint, &source.name, range.clone())?;
             let ours = self.read_rows_f64(self.base, self.name, range.clone())?;
@@ -237,7 +299,7 @@ impl LoadedUpdate<'_> {
             Start::Base => self.row_bytes(self.base, self.name, range.clone())?,
             Start::Replacement(source) => self.convert(source, range.clone())?,
         };
-        if self.terms.is_empty() && self.differences.is_empty() {
+        if self.terms.is_empty() && self.dense.is_empty() && self.differences.is_empty() {
             return Ok(start);
         }
         let first = range.start * self.cols;

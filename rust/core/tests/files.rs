@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use lora_compress_core::{
-    Checkpoint, Delta, Dtype, Error, HeaderFault, IndexFault, LowRank, Source, Spec, Update, Updates, Writer, compare,
-    decode, encode, merge_shard, same_bytes, unknown_tensors,
+    Checkpoint, Computed, Delta, Dtype, Error, HeaderFault, IndexFault, LowRank, Matrix, Source, Spec, Update, Updates,
+    Values, Writer, compare, decode, encode, merge_shard, same_bytes, unknown_tensors,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -205,11 +205,40 @@ fn a_replacement_is_copied_and_new_rows_are_appended() {
     let source = |name: &str| Source { checkpoint: side.clone(), name: name.into() };
     case.updates = BTreeMap::from([(
         "w".to_owned(),
-        Update { low_rank: vec![], replacements: vec![source("values")], new_rows: Some(source("rows")) },
+        Update {
+            low_rank: vec![],
+            computed: vec![],
+            replacements: vec![source("values")],
+            new_rows: Some(source("rows")),
+        },
     )]);
     let merged = case.merge("merged.safetensors").unwrap();
     assert_eq!(merged["w"].1, [4, 3]);
     assert_eq!(merged["w"].2, [values.2, rows.2].concat());
+}
+
+#[test]
+fn computed_terms_are_added_once() {
+    let mut case = Case::low_rank(Dtype::F32, [2, 3], &[1.0; 6], 1, &[1.0, 2.0], &[1.0, 0.0, -1.0], 1.0);
+    let matrix = |rows, cols, values: &[f32]| Matrix::new(rows, cols, values.to_vec()).unwrap();
+    let pair = move || Ok(Values::Pair(matrix(2, 1, &[1.0, 2.0]), matrix(1, 3, &[1.0, 0.0, -1.0])));
+    let dense = move || Ok(Values::Dense(matrix(2, 3, &[0.5, 0.0, 0.0, 0.0, 0.0, 4.0])));
+    let update = case.updates.get_mut("w").unwrap();
+    update.computed = vec![Computed::new(pair), Computed::new(dense)];
+    let merged = case.merge("merged.safetensors").unwrap();
+    assert_eq!(merged["w"].2, tensor(Dtype::F32, &[2, 3], &[3.5, 1.0, -1.0, 5.0, 1.0, 1.0]).2);
+    for (misfit, what) in [
+        (Computed::new(move || Ok(Values::Dense(matrix(3, 2, &[0.0; 6])))), "what was computed"),
+        (
+            Computed::new(move || Ok(Values::Pair(matrix(2, 2, &[0.0; 4]), matrix(1, 3, &[0.0; 3])))),
+            "what was computed",
+        ),
+        (Computed::new(|| Err("out of luck".into())), "out of luck"),
+    ] {
+        case.updates.get_mut("w").unwrap().computed = vec![misfit];
+        let error = case.merge("other.safetensors").unwrap_err();
+        assert!(error.to_string().contains(what) && error.to_string().contains("`w`"), "{error}");
+    }
 }
 
 #[test]

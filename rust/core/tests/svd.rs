@@ -334,3 +334,31 @@ fn rounding_that_leans_one_way_does_not_mislead_the_residual() {
     let reached = (delta.direct_residual(&b, &a).unwrap() / delta.energy()).sqrt();
     assert!(reached <= 0.6 * (1.0 + 1e-4), "{reached}");
 }
+
+#[test]
+fn a_stack_is_the_matrix_of_all_rows() {
+    // Heights that end inside blocks of 32 rows, and a part of no row; wide enough to be packed.
+    let (cols, heights) = (211, [45usize, 0, 97, 150]);
+    let values = with_spectrum(heights.iter().sum(), cols, 9, |i| 1.0 / (1.0 + i as f32));
+    let mut rest = values.as_slice();
+    let parts: Vec<Delta> = heights
+        .iter()
+        .map(|&rows| {
+            let (own, after) = rest.split_at(rows * cols);
+            rest = after;
+            Delta::from_values(own.to_vec(), rows, cols).unwrap()
+        })
+        .collect();
+    let stack = Delta::stack(&parts.iter().collect::<Vec<_>>()).unwrap();
+    let whole = Delta::from_values(values.clone(), heights.iter().sum(), cols).unwrap();
+    assert_eq!(stack.read_rows(0..usize::MAX).unwrap(), values);
+    assert_eq!(stack.read_rows(40..60).unwrap(), values[40 * cols..60 * cols]);
+    let options = SvdOptions { target: Target::Rank(12), tolerance: 1e-4, seed: 1 };
+    let (ours, theirs) = (truncated_svd(&stack, options).unwrap(), truncated_svd(&whole, options).unwrap());
+    // The same packed values, and sums whose pieces are cut elsewhere.
+    assert!((stack.energy() - whole.energy()).abs() <= 1e-12 * whole.energy());
+    assert_eq!(ours.sigma, theirs.sigma);
+    let other = Delta::from_values(vec![1.0; 6], 2, 3).unwrap();
+    assert!(Delta::stack(&[&parts[0], &other]).is_err());
+    assert!(Delta::stack(&[]).is_err());
+}

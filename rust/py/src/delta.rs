@@ -67,6 +67,16 @@ impl Delta {
         Ok(Self { inner, name: name.into() })
     }
 
+    /// The rows of several deltas, one below the other: ΔW of layers that share their input. Read anew from the files, two bytes
+    /// an element again. Raises `TensorError` when the columns differ or there are none.
+    #[staticmethod]
+    fn stack(py: Python<'_>, deltas: Vec<PyRef<'_, Self>>) -> PyResult<Self> {
+        let name = deltas.iter().map(|delta| delta.name.as_str()).collect::<Vec<_>>().join(" + ");
+        let parts: Vec<&core::Delta> = deltas.iter().map(|delta| &delta.inner).collect();
+        let inner = gate::run(py, || core::Delta::stack(&parts))?;
+        Ok(Self { inner, name })
+    }
+
     /// The tensor's name.
     #[getter]
     fn name(&self) -> &str {
@@ -221,7 +231,7 @@ pub fn parse_dtype(name: &str) -> PyResult<core::Dtype> {
 }
 
 /// Any 2-D float32 array as a row-major matrix.
-fn matrix(values: &PyReadonlyArray2<'_, f32>) -> PyResult<core::Matrix> {
+pub fn matrix(values: &PyReadonlyArray2<'_, f32>) -> PyResult<core::Matrix> {
     let view = values.as_array();
     let (rows, cols) = view.dim();
     let values = view.as_slice().map_or_else(|| view.iter().copied().collect(), <[f32]>::to_vec);

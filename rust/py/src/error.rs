@@ -29,6 +29,7 @@ pub fn to_python(error: Error) -> PyErr {
         Error::TensorMissing { .. }
         | Error::ShapeMismatch { .. }
         | Error::UpdateShape { .. }
+        | Error::Computed { .. }
         | Error::UnsupportedDtype { .. }
         | Error::NonFinite { .. }
         | Error::Overflow { .. } => TensorError::new_err(message),

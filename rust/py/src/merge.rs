@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_compress_core as core;
-use numpy::PyArray2;
+use numpy::{PyArray2, PyReadonlyArray2};
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::delta::array;
+use crate::delta::{array, matrix};
 use crate::gate;
 
 /// One low-rank term scale·B·A, by the names of its factors in `adapter`: B (out, r), A (r, in).
@@ -39,7 +39,10 @@ impl LowRank {
 
 type Factors<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<f32>>);
 
-/// What adapters do to one tensor of the base: low-rank terms, stored replacements, appended rows.
+/// What adapters do to one tensor of the base: low-rank terms, computed terms, stored replacements, appended rows.
+///
+/// `computed`: callables that return what is added to the base's tensor, a float32 pair B (rows, r), A (r, cols) or a float32 matrix
+/// (rows, cols). Each is called when the tensor's turn comes, on any thread; what it raises becomes a `TensorError`.
 #[pyclass(frozen, from_py_object, module = "lora_compress._native")]
 #[derive(Clone)]
 pub struct Update {
@@ -51,17 +54,41 @@ type Stored<'py> = (PyRef<'py, Checkpoint>, String);
 #[pymethods]
 impl Update {
     #[new]
-    #[pyo3(signature = (*, low_rank=Vec::new(), replacements=Vec::new(), new_rows=None))]
-    fn new(low_rank: Vec<LowRank>, replacements: Vec<Stored<'_>>, new_rows: Option<Stored<'_>>) -> Self {
+    #[pyo3(signature = (*, low_rank=Vec::new(), computed=Vec::new(), replacements=Vec::new(), new_rows=None))]
+    fn new(
+        low_rank: Vec<LowRank>,
+        computed: Vec<Py<PyAny>>,
+        replacements: Vec<Stored<'_>>,
+        new_rows: Option<Stored<'_>>,
+    ) -> Self {
         let source = |(checkpoint, name): Stored<'_>| core::Source { checkpoint: checkpoint.inner.clone(), name };
         Self {
             inner: core::Update {
                 low_rank: low_rank.into_iter().map(|term| term.inner).collect(),
+                computed: computed.into_iter().map(computed_term).collect(),
                 replacements: replacements.into_iter().map(source).collect(),
                 new_rows: new_rows.map(source),
             },
         }
     }
+}
+
+#[derive(FromPyObject)]
+enum Values<'py> {
+    Pair(PyReadonlyArray2<'py, f32>, PyReadonlyArray2<'py, f32>),
+    Dense(PyReadonlyArray2<'py, f32>),
+}
+
+fn computed_term(callable: Py<PyAny>) -> core::Computed {
+    core::Computed::new(move || {
+        Python::attach(|py| {
+            Ok(match callable.call0(py)?.extract::<Values<'_>>(py)? {
+                Values::Pair(b, a) => core::Values::Pair(matrix(&b)?, matrix(&a)?),
+                Values::Dense(values) => core::Values::Dense(matrix(&values)?),
+            })
+        })
+        .map_err(|error: PyErr| error.to_string())
+    })
 }
 
 /// How far base + adapter is from tuned, for one tensor, over the rows of the base.
