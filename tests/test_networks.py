@@ -149,7 +149,7 @@ def test_errors_point_at_the_character(contraction: str, position: int, problem:
         Network.parse(contraction)
     assert f"character {position}:" in str(caught.value)
     with pytest.raises(ValueError, match="character"):
-        Decomposition("x", contraction, lambda *_, **__: ())
+        Decomposition("x", contraction)
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:
@@ -163,14 +163,12 @@ def test_axes_split_rows_and_columns() -> None:
     def axes(rows: int, cols: int, rank: int) -> Mapping[str, int]:
         return {"o1": 2, "o2": rows // 2, "i1": 5, "i2": cols // 5, "r": rank}
 
-    lokr = Decomposition("lokr", CONTRACTIONS["lokr"], lambda *_, **__: (), "Kronecker", axes)
+    lokr = Decomposition("lokr", CONTRACTIONS["lokr"], axes=axes)
     assert lokr.shapes(12, 10, 3) == [(2, 5), (6, 3), (3, 2)]
-    assert lokr.parameters(12, 10, 3) == 10 + 18 + 6
+    assert lokr.parameters([(12, 10)], 3) == 10 + 18 + 6
     with pytest.raises(ValueError, match="make a"):
         lokr.shapes(13, 10, 3)
     with pytest.raises(ValueError, match="`axes` has to give"):
-        Decomposition("lokr", CONTRACTIONS["lokr"], lambda *_, **__: ())
+        Decomposition("lokr", CONTRACTIONS["lokr"])
     with pytest.raises(ValueError, match="no size of `i2`"):
-        Decomposition(
-            "x", CONTRACTIONS["lokr"], lambda *_, **__: (), "", lambda *_: {"o1": 1, "o2": 4, "i1": 1, "r": 1}
-        ).shapes(4, 4, 1)
+        Decomposition("x", CONTRACTIONS["lokr"], axes=lambda *_: {"o1": 1, "o2": 4, "i1": 1, "r": 1}).shapes(4, 4, 1)

@@ -53,7 +53,7 @@ def test_what_ships_is_registered_through_the_hooks() -> None:
 
 
 def test_hook_register_decompositions(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    three = Decomposition("three", "out p, p q, q in", fit_three)
+    three = Decomposition("three", "out p, p q, q in", fit=fit_three)
     use(monkeypatch, ("mine", plugin(register_decompositions=registering(three))))
     ours = lora_compress.extract(*pair, tmp_path / "three", rank=5, decomposition="three", dtype="F32")
     built_in = lora_compress.extract(*pair, tmp_path / "ab", rank=5, dtype="F32")
@@ -128,11 +128,11 @@ def test_the_documented_plugin_works(tmp_path: Path) -> None:
     exec(source, namespace)  # noqa: S102
     found: list[Decomposition] = []
     namespace["register_decompositions"](found.append)
-    assert found[0].parameters(10, 20, 3) == 10 * 3 + 3 * 3 + 3 * 20
+    assert found[0].parameters([(10, 20)], 3) == 10 * 3 + 3 * 3 + 3 * 20
 
 
 def test_collisions_name_both_plugins() -> None:
-    again = plugin(register_decompositions=registering(Decomposition("ab", "out r, r in", fit_three)))
+    again = plugin(register_decompositions=registering(Decomposition("ab", "out r, r in", fit=fit_three)))
     with pytest.raises(
         PluginError, match=r"`ab` is registered by both `lora_compress\.decompositions\.ab` and `other`"
     ):
@@ -177,7 +177,7 @@ def test_exceptions_carry_the_plugins_name(pair: Pair, tmp_path: Path, monkeypat
         return np.ones((2, 3), np.float32), np.ones((4, 5), np.float32)
 
     for fit, message in ((fails, "ZeroDivisionError: no"), (misshapen, r"is 3 and 4 \(in factor 2\)")):
-        bad = Decomposition("bad", "out r, r in", fit)
+        bad = Decomposition("bad", "out r, r in", fit=fit)
         use(monkeypatch, ("mine", plugin(register_decompositions=registering(bad))))
         with pytest.raises(PluginError, match=rf"`mine` failed in the fit of `bad` for `.*weight`.*{message}"):
             lora_compress.extract(*pair, tmp_path / "out", rank=2, decomposition="bad")
@@ -188,7 +188,7 @@ def test_unknown_and_malformed_names_are_refused(pair: Pair, tmp_path: Path) -> 
     with pytest.raises(PluginError, match="no decomposition `abc`; installed are ab"):
         lora_compress.extract(*pair, tmp_path / "out", rank=2, decomposition="abc")
     for name in ("AB", "a_b", "-a", "", "a b"):
-        bad = plugin(register_decompositions=registering(Decomposition(name, "out r, r in", fit_three)))
+        bad = plugin(register_decompositions=registering(Decomposition(name, "out r, r in", fit=fit_three)))
         with pytest.raises(PluginError, match="names are a-z"):
             plugins.Plugins(installed=False, extra=(("mine", bad),))
 
@@ -215,7 +215,7 @@ import lora_compress
 
 @lora_compress.hookimpl
 def register_decompositions(register):
-    register(lora_compress.Decomposition("fake", "out r, r in", lambda *a, **k: ()))
+    register(lora_compress.Decomposition("fake", "out r, r in", fit=lambda *a, **k: ()))
 """
     environment = fake_distribution(tmp_path, source)
     listed = json.loads(list_plugins({**environment, plugins.SWITCH: "1"}).stdout)

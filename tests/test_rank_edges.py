@@ -326,21 +326,23 @@ def test_a_rank_that_is_rounded_up_has_the_error_of_that_rank(
         assert result.error == pytest.approx(plan.error, rel=1e-2), wish
 
 
-def test_decompositions_of_another_rank_promise_no_sizes(
+def test_decompositions_of_another_rank_keep_what_is_asked_of_pairs(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.test_plugins import plugin, registering, use
 
     loha = lora_compress.Decomposition("hadamard", "out r, r in, out s, s in")
     use(monkeypatch, ("mine", plugin(register_decompositions=registering(loha))))
-    for wish in (
-        {"rank": 3, "max_rank": 3},
-        {"rank": 3, "layout": "uniform"},
-        {"rank": 3, "ranks_allowed": "4x"},
-        {"error": 0.8},
+    # A Hadamard product of rank 2 is a pair of rank 4.
+    for wish, ranks in (
+        ({"rank": 5, "max_rank": 5}, {4}),
+        ({"rank": 5, "layout": "uniform"}, {5}),
+        ({"rank": 5, "ranks_allowed": "6x"}, {6}),
     ):
-        with pytest.raises(SelectionError, match="stores pairs of another rank"):
-            lora_compress.extract(*pair, tmp_path / "out", decomposition="hadamard", **wish)
+        out = tmp_path / "-".join(wish)
+        result = lora_compress.extract(*pair, out, decomposition="hadamard", **wish)
+        assert {tensor.rank for tensor in result.tensors if tensor.rank} == ranks
+        assert lora_compress.verify(*pair, out).ok
     result = lora_compress.extract(*pair, tmp_path / "out", decomposition="hadamard", rank=8, dtype="F32")
     assert result.rank <= 24, "no more than ΔW itself has"
     assert lora_compress.verify(*pair, tmp_path / "out").ok

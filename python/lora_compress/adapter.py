@@ -1,12 +1,13 @@
 """The adapter as the host sees it, whatever format it has on disk.
 
-An adapter read from disk is a map from the base's tensors to parts: low-rank terms, replacements, appended rows. An
-adapter being written is a stream of factors, announced beforehand by an `AdapterPlan`.
+An adapter read from disk is a map from the base's tensors to parts: low-rank terms, computed terms, replacements,
+appended rows. An adapter being written is a stream of factors, announced beforehand by an `AdapterPlan`: pairs (B, A)
+that every decomposition lowers to, or, for a format that stores them, the factors themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lora_compress.model import Model
 
     Float32Matrix = NDArray[np.float32]
+    # What makes a pair B, A or a whole difference when the tensor's turn comes.
+    Compute = Callable[[], tuple[Float32Matrix, Float32Matrix] | Float32Matrix]
 
 # Where a stored tensor is: the file, and its name there.
 Stored = tuple[Checkpoint, str]
@@ -31,18 +34,20 @@ class Adapter:
 
     path: Path
     low_rank: Mapping[str, Sequence[LowRank]] = field(default_factory=dict)
+    computed: Mapping[str, Sequence[Compute]] = field(default_factory=dict)
     replacements: Mapping[str, Stored] = field(default_factory=dict)
     new_rows: Mapping[str, Stored] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
     def tensors(self) -> set[str]:
         """Names of all tensors of the base that the adapter changes."""
-        return {*self.low_rank, *self.replacements, *self.new_rows}
+        return {*self.low_rank, *self.computed, *self.replacements, *self.new_rows}
 
     def update(self, tensor: str) -> Update:
         """What the adapter does to one tensor."""
         return Update(
             low_rank=list(self.low_rank.get(tensor, ())),
+            computed=list(self.computed.get(tensor, ())),
             replacements=[self.replacements[tensor]] if tensor in self.replacements else [],
             new_rows=self.new_rows.get(tensor),
         )
@@ -59,13 +64,29 @@ class PlannedFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupFactors:
+    """The factors of layers that were decomposed together, in the order of the contraction: `layers[l][k]` is factor k
+    of `tensors[l]`. One that layers share is the same array in all of them.
+    """
+
+    decomposition: str
+    contraction: str
+    tensors: tuple[str, ...]
+    layers: Sequence[Sequence[Any]]
+    # Which factors each layer has of its own.
+    own: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """What a format needs to know before the first factor arrives."""
 
     base: Model
     base_name: str
     dtype: str
-    factors: Sequence[PlannedFactors]
+    factors: Sequence[PlannedFactors] = ()
+    # For formats that store factors instead; the arrays are stand-ins that have the largest shapes.
+    groups: Sequence[GroupFactors] = ()
     # The embedding whose matrix the output head shares, if its factors are to serve the head too.
     tied_embedding: str | None = None
     # Names that `is_embedding` does not recognise but the user knows to be embeddings.
@@ -84,8 +105,24 @@ class AdapterWriter(Protocol):
         ...
 
 
+class FactorsWriter(Protocol):
+    """As `AdapterWriter`, for a format that stores the factors themselves."""
+
+    def write_group(self, group: GroupFactors) -> list[int]:
+        """Append the factors of a group, already rounded to the plan's dtype; return the bytes they take, by tensor."""
+        ...
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Complete all files."""
+        ...
+
+
 class Format(Protocol):
-    """A way to store adapters. Registered through the hook `register_formats`."""
+    """A way to store adapters. Registered through the hook `register_formats`.
+
+    A format that stores a decomposition's own factors has an attribute `stores_factors` that is true, and its `writer`
+    returns a `FactorsWriter`.
+    """
 
     @property
     def name(self) -> str:
@@ -104,6 +141,11 @@ class Format(Protocol):
         """Those of the 2-D `tensors` whose low-rank deltas the format can store."""
         ...
 
-    def writer(self, path: Path, plan: AdapterPlan) -> AdapterWriter:
+    def writer(self, path: Path, plan: AdapterPlan) -> AdapterWriter | FactorsWriter:
         """Begin an adapter in the existing, empty directory `path`."""
         ...
+
+
+def stores_factors(form: Format) -> bool:
+    """Whether a format stores factors themselves instead of pairs."""
+    return bool(getattr(form, "stores_factors", False))

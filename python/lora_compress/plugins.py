@@ -23,7 +23,7 @@ from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import LoraCompressError, PluginError
 
 # Named, not imported: the host depends on no plugin, and a built-in one has no way that a stranger's lacks.
-BUILT_IN = ("lora_compress.decompositions.ab", "lora_compress.formats.peft")
+BUILT_IN = ("lora_compress.decompositions.ab", "lora_compress.formats.peft", "lora_compress.formats.factors")
 # "0" leaves installed plugins out: for tests, and to find out whether a plugin is at fault.
 SWITCH = "LORA_COMPRESS_PLUGINS"
 

@@ -28,7 +28,7 @@ def fit(delta: Delta, rank: int, *, seed: int, tolerance: float) -> Sequence[NDA
     return u * root, root[:, None] * vt
 
 
-AB = Decomposition("ab", "out r, r in", fit, "two factors, the LoRA pair; the best of its rank")
+AB = Decomposition("ab", "out r, r in", fit=fit, description="two factors, the LoRA pair; the best of its rank")
 
 
 @hookimpl

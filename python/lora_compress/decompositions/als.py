@@ -5,7 +5,8 @@ exactly; taken in turn, the error never rises. Δ itself is never held: with F o
 
     W = B(F)·A,   ⟨Δ, ∂W/∂F⟩ = the network without F, contracted with Δ·Aᵀ,   ‖W‖² = the same with B·(A·Aᵀ)·Bᵀ,
 
-and on the columns' side with Bᵀ·Δ. Every step costs one product of Δ with as many columns as the cut has.
+and on the columns' side with Bᵀ·Δ. Every step costs one product of Δ with as many columns as the cut has. A factor that
+layers share solves the sum of their equations.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from lora_compress._native import Delta
 
+    Array = NDArray[np.float64]
+
 # Sweeps over all factors, and the relative fall of the error below which another one is not worth it.
 SWEEPS = 100
 # Elements of a factor that are bound together in one system of equations.
@@ -34,44 +37,90 @@ NEGLIGIBLE = 1e-12
 
 
 def fit(
-    network: Network, sizes: Mapping[str, int], delta: Delta, *, seed: int, tolerance: float
-) -> list[NDArray[np.float32]]:
-    """Factors of these sizes for `delta`, float32. The same inputs and seed give the same factors.
+    network: Network,
+    sizes: Sequence[Mapping[str, int]],
+    deltas: Sequence[Delta],
+    *,
+    seed: int,
+    tolerance: float,
+    start: Sequence[Sequence[NDArray[Any]]] | None = None,
+    sweeps: int = SWEEPS,
+) -> list[list[NDArray[np.float32]]]:
+    """Factors of these sizes for every layer's delta, float32; shared ones are the same array in every layer.
 
-    Stops when a sweep lowers ‖Δ − W‖ by less than `tolerance`, relatively. Finds a local optimum, which for
-    contractions of more than two factors need not be the best. Raises `ValueError` for factors too large to solve for.
+    Starts from `start`, or from truncated SVDs where the factors form a chain, else from random numbers. Stops when a
+    sweep lowers Σ‖Δ − W‖ by less than `tolerance`, relatively. Finds a local optimum, which for contractions of more
+    than two factors need not be the best. The same inputs and seed give the same factors. Raises `ValueError` for
+    factors too large to solve for.
     """
-    factors = _start(network, sizes, delta, seed)
+    layers = [[np.asarray(factor, np.float64) for factor in layer] for layer in start or ()] or _start(
+        network, sizes, deltas, seed
+    )
+    sides = [_sides(network, network.sizes(factors)) for factors in layers]
+    whole = math.fsum(delta.energy for delta in deltas)
     error = math.inf
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         before = error
-        for number in range(len(factors)):
-            factors[number], error = _solve(network, factors, number, delta)
-        if not error < before * (1 - tolerance) ** 2 or error <= NEGLIGIBLE * delta.energy:
+        for number, own in enumerate(network.own):
+            equations = [
+                _equations(network, factors, number, delta, side)
+                for factors, delta, side in zip(layers, deltas, sides, strict=True)
+            ]
+            systems = equations if own else [_sum(equations)]
+            solutions = [system.solve() for system in systems] * (1 if own else len(layers))
+            captured = math.fsum(each.captured(best) for each, best in zip(equations, solutions, strict=True))
+            for factors, best in zip(layers, solutions, strict=True):
+                factors[number] = best
+            error = max(whole - captured, 0.0)
+        if not error < before * (1 - tolerance) ** 2 or error <= NEGLIGIBLE * whole:
             break
-    return [factor.astype(np.float32) for factor in factors]
+    shared = {number: layers[0][number].astype(np.float32) for number, own in enumerate(network.own) if not own}
+    return [
+        [shared[number] if number in shared else factor.astype(np.float32) for number, factor in enumerate(factors)]
+        for factors in layers
+    ]
 
 
-def _start(network: Network, sizes: Mapping[str, int], delta: Delta, seed: int) -> list[NDArray[np.float64]]:
-    """From the truncated SVD where factors form a chain from rows to columns, else random."""
-    shapes = network.shapes(sizes)
-    chain = [*network.terms[0][:1], *(index for term in network.terms for index in term), *network.terms[-1][-1:]]
-    ends = chain[2:-2]
-    is_chain = all(len(term) == 2 for term in network.terms) and len(network.terms) > 1
-    if is_chain and (chain[:1], chain[-1:]) == ([*network.rows], [*network.cols]) and ends[::2] == ends[1::2]:
-        rank = min(shape[1] for shape in shapes[:-1])
-        u, sigma, vt = delta.truncated_svd(rank, seed=seed)
-        root = np.sqrt(sigma)
-        ones = [np.eye(shape[0], shape[1]) for shape in shapes]
-        ones[0] = _grown(u * root, shapes[0])
-        ones[-1] = _grown(root[:, None] * vt, shapes[-1])
-        return ones
-    # Seeded by the tensor too, so that no two of a model start alike.
-    rng = np.random.default_rng([seed, zlib.crc32(delta.name.encode())])
-    return [rng.standard_normal(shape) / math.sqrt(max(math.prod(shape[1:]), 1)) for shape in shapes]
+def _start(
+    network: Network, sizes: Sequence[Mapping[str, int]], deltas: Sequence[Delta], seed: int
+) -> list[list[Array]]:
+    """From truncated SVDs where factors form a chain from rows to columns, else random. What is shared comes from the
+    layer with the most energy.
+    """
+    layers = []
+    for size, delta in zip(sizes, deltas, strict=True):
+        shapes = network.shapes(size)
+        if _is_chain(network):
+            layers.append(_chain_start(shapes, delta, seed))
+            continue
+        # Seeded by the tensor too, so that no two of a model start alike.
+        rng = np.random.default_rng([seed, zlib.crc32(delta.name.encode())])
+        layers.append([rng.standard_normal(shape) / math.sqrt(max(math.prod(shape[1:]), 1)) for shape in shapes])
+    leader = layers[max(range(len(deltas)), key=lambda at: deltas[at].energy)]
+    return [
+        [mine if own else theirs for mine, theirs, own in zip(factors, leader, network.own, strict=True)]
+        for factors in layers
+    ]
 
 
-def _grown(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def _is_chain(network: Network) -> bool:
+    if len(network.terms) < 2 or not all(len(term) == 2 for term in network.terms):
+        return False
+    chain = [index for term in network.terms for index in term]
+    inner = chain[1:-1]
+    return ((chain[0],), (chain[-1],)) == (network.rows, network.cols) and inner[::2] == inner[1::2]
+
+
+def _chain_start(shapes: Sequence[tuple[int, ...]], delta: Delta, seed: int) -> list[Array]:
+    u, sigma, vt = delta.truncated_svd(min(shape[1] for shape in shapes[:-1]), seed=seed)
+    root = np.sqrt(sigma)
+    factors = [np.eye(shape[0], shape[1]) for shape in shapes]
+    factors[0] = _grown(u * root, shapes[0])
+    factors[-1] = _grown(root[:, None] * vt, shapes[-1])
+    return factors
+
+
+def _grown(values: NDArray[Any], shape: tuple[int, ...]) -> Array:
     """A matrix with zeros around it."""
     grown = np.zeros(shape)
     grown[: values.shape[0], : values.shape[1]] = values
@@ -106,12 +155,51 @@ def _sides(network: Network, sizes: Mapping[str, int]) -> tuple[_Side, _Side]:
     )
 
 
-def _solve(
-    network: Network, factors: Sequence[NDArray[np.float64]], number: int, delta: Delta
-) -> tuple[NDArray[np.float64], float]:
-    """The best factor `number`, the others given; and ‖Δ − W‖² with it."""
+@dataclass(frozen=True)
+class _Equations:
+    """Normal equations of one factor F, G·f = g: one system for each value of the indices that are `carried`, and one
+    right-hand side for each of those that are `alone`.
+    """
+
+    term: Term
+    sizes: Mapping[str, int]
+    carried: Term
+    inner: Term
+    alone: Term
+    matrix: Array
+    wanted: Array
+
+    @property
+    def order(self) -> Term:
+        """Indices of F as the systems have them."""
+        return (*self.carried, *self.inner, *self.alone)
+
+    def solve(self) -> Array:
+        """The best F."""
+        lead = tuple(self.sizes[index] for index in self.carried)
+        size = math.prod(self.sizes[index] for index in self.inner)
+        solved = _least_squares(self.matrix.reshape(*lead, size, size), self.wanted.reshape(*lead, size, -1))
+        solved = solved.reshape(tuple(self.sizes[index] for index in self.order))
+        return np.ascontiguousarray(np.transpose(solved, [self.order.index(index) for index in self.term]))
+
+    def captured(self, best: Array) -> float:
+        """⟨Δ, W⟩. Summed over the layers of a shared factor it is Σ‖W‖² at the optimum."""
+        return float(np.sum(self.wanted * np.transpose(best, [self.term.index(index) for index in self.order])))
+
+
+def _sum(equations: Sequence[_Equations]) -> _Equations:
+    first = equations[0]
+    matrix, wanted = sum(each.matrix for each in equations), sum(each.wanted for each in equations)
+    return _Equations(
+        first.term, first.sizes, first.carried, first.inner, first.alone, np.asarray(matrix), np.asarray(wanted)
+    )
+
+
+def _equations(
+    network: Network, factors: Sequence[Array], number: int, delta: Delta, sides: tuple[_Side, _Side]
+) -> _Equations:
+    """The equations of factor `number` in one layer, the others given."""
     sizes = network.sizes(factors)
-    sides = _sides(network, sizes)
     mine, other = sides if number in sides[0].numbers else sides[::-1]
     across = network.side(factors, sizes, other.numbers, other.own, other.bonds)
     flat = across.reshape(math.prod(sizes[index] for index in other.own), -1)
@@ -127,7 +215,8 @@ def _solve(
     term = network.terms[number]
     shared = tuple(index for index in term if index in mine.own)
     inner = tuple(index for index in term if index not in mine.own)
-    if math.prod(sizes[index] for index in inner) > LARGEST:
+    size = math.prod(sizes[index] for index in inner)
+    if size > LARGEST:
         raise ValueError(
             f"factor {number + 1} of `{network.text}` is too large for alternating least squares: give a fit"
         )
@@ -136,29 +225,18 @@ def _solve(
         """The second copy of a network: its own bonds, and the same indices of ΔW."""
         return tuple(name if name in mine.own else name + '"' for name in names)
 
-    right_side = contract([*terms, (*mine.own, *mine.ends)], (*shared, *inner), [*arrays, image])
     # Indices of ΔW that the factor has and no other carries are alike in all equations: they need not be written out.
     carried = tuple(index for index in shared if any(index in each for each in terms))
+    alone = tuple(index for index in shared if index not in carried)
     absent = tuple(index for index in mine.own if index not in term and not any(index in each for each in terms))
+    wanted = contract([*terms, (*mine.own, *mine.ends)], (*carried, *inner, *alone), [*arrays, image])
     copies = [*terms, *(double(each) for each in terms), (*mine.ends, *double(mine.ends))]
     matrix = contract(copies, (*carried, *inner, *double(inner)), [*arrays, *arrays, gram])
     matrix = matrix * math.prod(sizes[index] for index in absent)
-    size = math.prod(sizes[index] for index in inner)
-    alone = tuple(index for index in shared if index not in carried)
-    order = (*carried, *inner, *alone)
-    wanted = np.moveaxis(right_side, range(right_side.ndim), [order.index(index) for index in (*shared, *inner)])
-    lead = tuple(sizes[index] for index in carried)
-    solved = _least_squares(matrix.reshape(*lead, size, size), wanted.reshape(*lead, size, -1))
-    solved = solved.reshape(tuple(sizes[index] for index in order))
-    best = np.moveaxis(solved, range(solved.ndim), [term.index(index) for index in order])
-    # At the optimum ⟨Δ, W⟩ = ‖W‖².
-    captured = float(
-        np.sum(right_side * np.moveaxis(best, range(best.ndim), [(*shared, *inner).index(i) for i in term]))
-    )
-    return np.ascontiguousarray(best), max(delta.energy - captured, 0.0)
+    return _Equations(term, sizes, carried, inner, alone, matrix, wanted)
 
 
-def _least_squares(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+def _least_squares(matrix: Array, wanted: Array) -> Array:
     """The smallest solutions of symmetric systems, one for each leading index: directions that nothing determines stay
     0.
     """

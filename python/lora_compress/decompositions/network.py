@@ -4,10 +4,13 @@
     out p, p q, q in                            three factors, a small core in the middle
     out r, r in, out s, s in                    the Hadamard product of two low-rank matrices (LoHa)
     o1 i1, o2 r, r i2 -> (o1 o2) (i1 i2)        the Kronecker product of a small and a low-rank matrix (LoKr)
+    out p, layer p q, q in                      layers that share their first and last factor, not the core between
 
 Factors are separated by commas, their indices by spaces. What follows the arrow says which indices make up the rows and
-the columns of ΔW, slowest first; without it they are `out` and `in`. Every other index is a bond, and is summed. From
-the text follow the factors' shapes, ΔW itself, its product with inputs, and an exact pair (B, A).
+the columns of ΔW, slowest first; without it they are `out` and `in`. Every other index is a bond, and is summed. The
+word `layer` in front of a factor says that each layer of a group has one of its own, and all share those without it.
+From the text follow the factors' shapes, ΔW itself, its product with inputs and the gradients of that, and an exact
+pair (B, A), all for one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from typing import Any
 import numpy as np
 import opt_einsum
 
-INDEX = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 WORD = re.compile(r"\s*(?:(?P<index>[A-Za-z][A-Za-z0-9_]*)|(?P<mark>,|\(|\)|->))")
 # More factors than this are contracted in an order that is found greedily.
 OPTIMAL = 6
+# And more than this are not read: the ways to cut a network are counted in powers of two.
+MOST = 16
+# Marks the factors that each layer of a group has of its own.
+LAYER = "layer"
+BATCH = "batch of inputs"
 
 Term = tuple[str, ...]
 
@@ -47,6 +54,8 @@ class Network:
     terms: tuple[Term, ...]
     rows: Term
     cols: Term
+    # Which factors each layer has of its own: all of them, unless the contraction says `layer`.
+    own: tuple[bool, ...]
 
     @classmethod
     def parse(cls, text: str) -> Network:
@@ -55,6 +64,9 @@ class Network:
         arrow = next((number for number, (_, word) in enumerate(words) if word == "->"), len(words))
         terms = _terms(text, words[:arrow])
         rows, cols = _output(text, words[arrow + 1 :]) if arrow < len(words) else ((("out", 0),), (("in", 0),))
+        terms, own = _layers(text, terms)
+        if len(terms) > MOST:
+            raise ContractionError(text, terms[MOST][0][1], f"a contraction has at most {MOST} factors")
         for term in terms:
             for at, (index, position) in enumerate(term):
                 if index in {name for name, _ in term[:at]}:
@@ -73,7 +85,12 @@ class Network:
                 raise ContractionError(text, position, f"the bond `{index}` has only one end")
         names = (tuple(name for name, _ in group) for group in (*terms, rows, cols))
         *factors, outputs, inputs = names
-        return cls(text, tuple(factors), outputs, inputs)
+        return cls(text, tuple(factors), outputs, inputs, own)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether layers share factors."""
+        return not all(self.own)
 
     @cached_property
     def indices(self) -> Term:
@@ -121,8 +138,32 @@ class Network:
         """
         sizes = self.sizes(factors)
         split = x.reshape(-1, *(sizes[index] for index in self.cols))
-        y = contract((*self.terms, ("batch of inputs", *self.cols)), ("batch of inputs", *self.rows), (*factors, split))
+        y = contract((*self.terms, (BATCH, *self.cols)), (BATCH, *self.rows), (*factors, split))
         return y.reshape(*x.shape[:-1], _size(self.rows, sizes))
+
+    def adjoint(self, x: Any, dy: Any, factors: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Gradients of ⟨dy, x·ΔWᵀ⟩ with respect to x (…, cols) and to every factor; dy is (…, rows).
+
+        A network is linear in each factor, so its gradient is the contraction of all others with x and dy.
+        """
+        sizes = self.sizes(factors)
+        inputs = x.reshape(-1, *(sizes[index] for index in self.cols))
+        outputs = dy.reshape(-1, *(sizes[index] for index in self.rows))
+        ends = ((BATCH, *self.cols), (BATCH, *self.rows))
+        dx = contract((*self.terms, ends[1]), ends[0], (*factors, outputs)).reshape(*x.shape)
+        gradients = []
+        for number, term in enumerate(self.terms):
+            rest = [held for held in range(len(self.terms)) if held != number]
+            terms, arrays = [self.terms[held] for held in rest], [factors[held] for held in rest]
+            gradients.append(contract([*terms, *ends], term, [*arrays, inputs, outputs]))
+        return dx, gradients
+
+    def largest_product(self, sizes: Mapping[str, int]) -> int:
+        """Elements of the largest array that forming ΔW makes, factors included."""
+        shapes = tuple(self.shapes(sizes))
+        equation = _equation(self.terms, (*self.rows, *self.cols))
+        path = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=_order(len(self.terms)))[1]
+        return max(int(path.largest_intermediate), *(math.prod(shape) for shape in shapes))
 
     def lower(self, factors: Sequence[Any]) -> tuple[Any, Any]:
         """The pair B (rows, r), A (r, cols) with B·A = ΔW and the smallest r that a cut through the network gives.
@@ -138,6 +179,20 @@ class Network:
         b = self.side(factors, sizes, left, self.rows, bonds).reshape(_size(self.rows, sizes), rank)
         a = self.side(factors, sizes, right, self.cols, bonds).reshape(_size(self.cols, sizes), rank)
         return b, a.T
+
+    def lowers_small(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the pair of `lower` has fewer elements than ΔW."""
+        rows, cols = _size(self.rows, sizes), _size(self.cols, sizes)
+        return _size(self.cut(sizes)[1], sizes) * (rows + cols) < rows * cols
+
+    def lower_small(self, factors: Sequence[Any]) -> tuple[Any, Any]:
+        """As `lower`, with the identity and ΔW itself where the cut has more bonds than ΔW has rows or columns."""
+        sizes = self.sizes(factors)
+        shape = _size(self.rows, sizes), _size(self.cols, sizes)
+        if _size(self.cut(sizes)[1], sizes) <= min(shape):
+            return self.lower(factors)
+        product, identity = self.dense(factors), _identity(min(shape), like=factors[0])
+        return (identity, product) if shape[0] <= shape[1] else (product, identity)
 
     def cut(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], Term]:
         """The smallest cut: which factors are on the rows' side, and the indices that both sides have."""
@@ -189,12 +244,19 @@ def contract(terms: Sequence[Term], output: Term, arrays: Sequence[Any]) -> Any:
 
 @lru_cache(maxsize=1024)
 def _expression(terms: tuple[Term, ...], output: Term, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    return opt_einsum.contract_expression(_equation(terms, output), *shapes, optimize=_order(len(terms)))
+
+
+def _equation(terms: Sequence[Term], output: Term) -> str:
     symbols: dict[str, str] = {}
     for index in (name for term in (*terms, output) for name in term):
         symbols.setdefault(index, opt_einsum.get_symbol(len(symbols)))
     subscripts = ",".join("".join(symbols[name] for name in term) for term in terms)
-    equation = f"{subscripts}->{''.join(symbols[name] for name in output)}"
-    return opt_einsum.contract_expression(equation, *shapes, optimize="optimal" if len(terms) <= OPTIMAL else "auto")
+    return f"{subscripts}->{''.join(symbols[name] for name in output)}"
+
+
+def _order(terms: int) -> str:
+    return "optimal" if terms <= OPTIMAL else "auto"
 
 
 def _identity(size: int, like: Any) -> Any:
@@ -235,6 +297,22 @@ def _terms(text: str, words: Sequence[tuple[int, str]]) -> list[list[tuple[str, 
     if not terms[-1]:
         raise ContractionError(text, len(text.rstrip()), "a factor without an index")
     return terms
+
+
+def _layers(text: str, terms: Sequence[list[tuple[str, int]]]) -> tuple[list[list[tuple[str, int]]], tuple[bool, ...]]:
+    """The factors without the word `layer`, and which had it: all, if none did."""
+    own = tuple(term[0][0] == LAYER for term in terms)
+    for number, term in enumerate(terms):
+        for index, position in term[1:] if own[number] else term:
+            if index == LAYER:
+                raise ContractionError(text, position, f"`{LAYER}` stands in front of a factor's indices, once")
+        if own[number] and len(term) == 1:
+            raise ContractionError(text, term[0][1], f"a factor has no index but `{LAYER}`")
+    if all(own):
+        raise ContractionError(text, terms[0][0][1], f"all factors have `{LAYER}`: nothing is shared, leave it out")
+    return [term[1:] if mine else term for term, mine in zip(terms, own, strict=True)], own if any(own) else (
+        True,
+    ) * len(terms)
 
 
 def _output(text: str, words: Sequence[tuple[int, str]]) -> tuple[Sequence[tuple[str, int]], Sequence[tuple[str, int]]]:

@@ -27,6 +27,7 @@ class TensorAccount:
     base_energy: float | None = 0.0
     error_energy: float | None = 0.0
     nbytes: int = 0
+    decomposition: str = ""
 
     @property
     def error(self) -> float:
@@ -52,6 +53,7 @@ class TensorAccount:
             "error_energy": self.error_energy,
             "error": self.error,
             "bytes": self.nbytes,
+            "decomposition": self.decomposition or None,
         }
 
 

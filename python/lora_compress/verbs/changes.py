@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress._native import check_finite, energies, same_bytes
-from lora_compress.adapter import Format
+from lora_compress.adapter import Format, stores_factors
 from lora_compress.errors import PlanError, TensorError
 from lora_compress.model import HEAD, WEIGHT, Model, last_component
 from lora_compress.verbs.account import TensorAccount
@@ -120,7 +120,8 @@ def find_changes(base: str | Path, tuned: str | Path, target: Format, options: O
     pairs = _compare(base_model, tuned_model, selection.pairs, progress)
     pairs, warnings = _assign(base_model, target, pairs)
     low_rank = {pair.name for pair in pairs if pair.treatment is Treatment.LOW_RANK}
-    tied = base_model.tied_embedding() if options.tied_head else None
+    # A format of factors has no names of its own for the head: merging changes the one matrix.
+    tied = base_model.tied_embedding() if options.tied_head and not stores_factors(target) else None
     if any(name.endswith(HEAD + WEIGHT) for name in selection.missing):
         tied = None  # Tuned has a head of its own: the embedding's factors are not the head's.
     return Changes(

@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_compress import plugins
-from lora_compress._native import Delta, Workspace, __version__, kernel, round_to
-from lora_compress.adapter import AdapterPlan, PlannedFactors
-from lora_compress.decompositions.interface import Decomposition
-from lora_compress.errors import PlanError, SelectionError, TensorError
+from lora_compress._native import Workspace, __version__, kernel
+from lora_compress.adapter import AdapterPlan, stores_factors
+from lora_compress.errors import PlanError, SelectionError
 from lora_compress.model import Model, last_component
 from lora_compress.ranks.choice import ERROR, RankChoice, choose
 from lora_compress.ranks.file import read
@@ -30,14 +27,16 @@ from lora_compress.ranks.recognise import recognise
 from lora_compress.ranks.text import size
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
-from lora_compress.verbs.changes import Changes, Options, account_of, find_changes, nothing_changed, untouched
+from lora_compress.verbs.changes import Changes, Options, find_changes, nothing_changed, untouched
+from lora_compress.verbs.decompose import Decomposed, Storing, decompose, empty, padded
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.plan import check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.selection import Pair, Treatment
+from lora_compress.verbs.selection import Treatment
+from lora_compress.verbs.tasks import planned_groups, planned_pairs, tasks, zeros
 
 if TYPE_CHECKING:
-    from lora_compress.adapter import AdapterWriter, Float32Matrix
+    from lora_compress.adapter import AdapterWriter, FactorsWriter
 
 # An error that was asked for may be missed by this, relatively, without a word.
 WITHIN = 1e-3
@@ -184,39 +183,41 @@ def extract(
     elif choice.fixed is None:
         plan = plan_changes(changes, choice, options, base=str(base), tuned=str(tuned), progress=progress)
     ranks = _ranks(changes, plan, choice)
-    _refuse_other_ranks(method, changes, ranks, choice, planned=plan is not None)
     if isinstance(scale, Mapping) and (
         strangers := set(scale) - {last_component(pair.name) for pair in changes.low_rank}
     ):
         raise SelectionError(f"there is no kind of module `{min(strangers)}` to scale")
+    as_factors = stores_factors(target)
+    if as_factors and choice.layout == "uniform":
+        raise SelectionError(f"the layout `uniform` is one of pairs: the format `{target.name}` stores none")
+    is_own = plan is None and choice == RankChoice("rank", choice.value, choice.weights)
+    work = tasks(changes, method, ranks, int(choice.value) if is_own else None, as_factors=as_factors)
+    pads = ranks if choice.pads and not as_factors else {}
+    storing = Storing(as_factors, options.dtype, scale, pads, fills=choice.layout == "uniform")
     adapter_plan = AdapterPlan(
         base=changes.base,
         base_name=base_name or str(base),
         dtype=options.dtype,
-        factors=[
-            PlannedFactors(pair.name, *shape, max(ranks[pair.name], method.lowered_rank(*shape, ranks[pair.name])))
-            for pair in changes.pairs
-            if ranks.get(pair.name) and (shape := (pair.base.shape[0], pair.base.shape[1]))
-        ],
+        factors=[*planned_pairs(work, pads), *zeros(changes, pads)] if not as_factors else [],
+        groups=planned_groups(work) if as_factors else [],
         tied_embedding=changes.tied_embedding if ranks.get(changes.tied_embedding or "") else None,
         embeddings=changes.embeddings,
     )
     energies = {tensor.name: tensor.delta_energy for tensor in plan.low_rank} if plan is not None else {}
-    origin = host.decompositions.origin(method.name)
-    job = partial(_decompose, changes, method, origin, ranks, energies, options, choice, scale)
-    job = partial(job, tolerance=tolerance, workspace=Workspace())
+    job = partial(decompose, changes, storing, energies, seed=options.seed, tolerance=tolerance, workspace=Workspace())
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
         with plugins.blame(host.formats.origin(target.name), "failed to begin an adapter"):
             writer = target.writer(partial_out, adapter_plan)
         accounts = []
-        progress.begin("extracting", sum(pair.tuned.nbytes for pair in changes.changed), len(changes.changed))
-        for pair, (account, factors) in ordered_map(job, changes.changed, lambda pair: pair.elements, changes.announce):
-            if factors is not None:
-                with plugins.blame(host.formats.origin(target.name), f"failed to write `{pair.name}`"):
-                    account = replace(account, nbytes=account.nbytes + writer.write(pair.name, *factors))
-            accounts.append(account)
-            progress.advance(pair.tuned.nbytes, 1, pair.name)
-        accounts += _pad_unchanged(writer, changes, ranks)
+        progress.begin("extracting", sum(task.nbytes for task in work), len(work))
+        for task, done in ordered_map(
+            job, work, lambda task: task.elements, lambda task: changes.announce(task.pairs[0])
+        ):
+            with plugins.blame(host.formats.origin(target.name), f"failed to write `{task.name}`"):
+                sizes = _write(writer, done)
+            accounts += [replace(each, nbytes=each.nbytes + sizes.get(each.name, 0)) for each in done.accounts]
+            progress.advance(task.nbytes, 1, task.name)
+        accounts += _pad_unchanged(writer, changes, pads)
         accounts.sort(key=lambda account: account.name)
         if not any(account.nbytes for account in accounts):
             raise SelectionError(_nothing(changes, accounts))
@@ -292,77 +293,25 @@ def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str,
     return ranks | ({pair.name: fixed for pair in changes.zeros} if uniform else {})
 
 
-def _refuse_other_ranks(
-    method: Decomposition, changes: Changes, ranks: Mapping[str, int], choice: RankChoice, *, planned: bool
-) -> None:
-    """Raise `SelectionError` where sizes and errors are promised, and the decomposition stores pairs of other ranks."""
-    if not planned and choice == RankChoice("rank", choice.value, choice.weights):
-        return
-    for pair in changes.low_rank:
-        rank = ranks.get(pair.name, 0)
-        if rank and method.lowered_rank(pair.base.shape[0], pair.base.shape[1], rank) != min(rank, *pair.base.shape):
-            raise SelectionError(
-                f"the decomposition `{method.name}` stores pairs of another rank than it is asked for (`{pair.name}`): "
-                "give it --rank N, without plans, budgets, errors, caps, ladders and layouts"
-            )
+def _write(writer: AdapterWriter | FactorsWriter, done: Decomposed) -> dict[str, int]:
+    """Hand what a task gave to the format; bytes by tensor."""
+    sizes = {name: cast("AdapterWriter", writer).write(name, *pair) for name, pair in done.pairs.items()}
+    if done.group is not None:
+        written = cast("FactorsWriter", writer).write_group(done.group)
+        sizes |= dict(zip(done.group.tensors, written, strict=True))
+    return sizes
 
 
-def _decompose(
-    changes: Changes,
-    method: Decomposition,
-    origin: str,
-    ranks: Mapping[str, int],
-    planned_energies: Mapping[str, float | None],
-    options: Options,
-    choice: RankChoice,
-    scale: float | Mapping[str, float],
-    pair: Pair,
-    *,
-    tolerance: float,
-    workspace: Workspace,
-) -> tuple[TensorAccount, tuple[Float32Matrix, Float32Matrix] | None]:
-    """Account and stored factors of one changed pair. Runs in a thread."""
-    account = account_of(changes, pair)
-    if pair.treatment is not Treatment.LOW_RANK:
-        return account, None
-    delta = Delta(changes.base.checkpoint, changes.tuned.checkpoint, pair.name, workspace)
-    account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
-    planned = planned_energies.get(pair.name)
-    if planned is not None and abs(planned - delta.energy) > 1e-9 * delta.energy:
-        raise PlanError(f"`{pair.name}` has changed since it was planned: plan again")
-    rank = ranks.get(pair.name, 0)
-    if delta.energy == 0.0 or rank == 0:
-        # Without energy but with other bytes: zeros of another sign, or new rows only. Or not worth a direction.
-        zeros = _padded(np.zeros((delta.shape[0], 0)), np.zeros((0, delta.shape[1])), rank)
-        factors = zeros if rank and choice.layout == "uniform" else None
-        return replace(account, rank=rank if factors else 0, error_energy=delta.energy), factors
-    with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{pair.name}`"):
-        b, a = method.lower(method.factors_of(delta, min(rank, *delta.shape), seed=options.seed, tolerance=tolerance))
-        factor = scale.get(last_component(pair.name), 1.0) if isinstance(scale, Mapping) else scale
-        if factor != 1.0:
-            b = b * np.float32(factor)
-        b, a = round_to(b, options.dtype), round_to(a, options.dtype)
-        error = delta.residual_energy(b, a)
-    if not error < float("inf"):
-        raise TensorError(f"`{pair.name}`: its factors overflow {options.dtype}; use --dtype F32")
-    b, a = _padded(b, a, rank) if choice.pads else (b, a)
-    return replace(account, rank=b.shape[1], error_energy=error), (b, a)
-
-
-def _padded(b: Any, a: Any, rank: int) -> tuple[Float32Matrix, Float32Matrix]:
-    """Factors with directions of zeros up to `rank`."""
-    missing = max(rank - b.shape[1], 0)
-    padded = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
-    return padded[0].astype(np.float32), padded[1].astype(np.float32)
-
-
-def _pad_unchanged(writer: AdapterWriter, changes: Changes, ranks: Mapping[str, int]) -> list[TensorAccount]:
+def _pad_unchanged(
+    writer: AdapterWriter | FactorsWriter, changes: Changes, pads: Mapping[str, int]
+) -> list[TensorAccount]:
     """Accounts of the tensors that did not change; those that have a rank get factors of zeros."""
     accounts = []
     for account in untouched(changes):
-        if ranks.get(account.name) and account.treatment is Treatment.UNCHANGED:
-            zeros = _padded(np.zeros((account.shape[0], 0)), np.zeros((0, account.shape[1])), ranks[account.name])
-            account = replace(account, rank=ranks[account.name], nbytes=writer.write(account.name, *zeros))
+        if pads.get(account.name) and account.treatment is Treatment.UNCHANGED:
+            rank = pads[account.name]
+            size = cast("AdapterWriter", writer).write(account.name, *padded(*empty(*account.shape), rank))
+            account = replace(account, rank=rank, nbytes=size)
         accounts.append(account)
     return accounts
 

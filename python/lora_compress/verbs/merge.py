@@ -140,11 +140,14 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
 def combine(adapters: Sequence[Adapter]) -> dict[str, Update]:
     """What several adapters together do to each tensor. Raises `AdapterError` when two append rows to the same one."""
     low_rank: dict[str, list[LowRank]] = {}
+    computed: dict[str, list[Any]] = {}
     replacements: dict[str, list[Stored]] = {}
     rows: dict[str, tuple[Stored, Path]] = {}
     for adapter in adapters:
         for name, terms in adapter.low_rank.items():
             low_rank.setdefault(name, []).extend(terms)
+        for name, terms_to_compute in adapter.computed.items():
+            computed.setdefault(name, []).extend(terms_to_compute)
         for name, stored in adapter.replacements.items():
             replacements.setdefault(name, []).append(stored)
         for name, stored in adapter.new_rows.items():
@@ -154,10 +157,11 @@ def combine(adapters: Sequence[Adapter]) -> dict[str, Update]:
     return {
         name: Update(
             low_rank=low_rank.get(name, []),
+            computed=computed.get(name, []),
             replacements=replacements.get(name, []),
             new_rows=rows[name][0] if name in rows else None,
         )
-        for name in sorted({*low_rank, *replacements, *rows})
+        for name in sorted({*low_rank, *computed, *replacements, *rows})
     }
 
 
