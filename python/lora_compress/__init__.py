@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_compress._native import Allocation, Checkpoint, Delta, Spectrum, __version__, set_threads
-    from lora_compress.decompositions.interface import Decomposition
+    from lora_compress.decompositions.groups import across_depth, same_input
+    from lora_compress.decompositions.interface import Decomposition, Layer
     from lora_compress.errors import (
         AdapterError,
         CheckpointError,
@@ -43,6 +44,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Decomposition": "decompositions.interface",
     "Delta": "_native",
+    "Layer": "decompositions.interface",
     "LoraCompressError": "errors",
     "Options": "verbs.changes",
     "Plan": "ranks.plan",
@@ -53,11 +55,13 @@ _HOME = {
     "Spectrum": "_native",
     "TensorError": "errors",
     "__version__": "_native",
+    "across_depth": "decompositions.groups",
     "extract": "verbs.extract",
     "hookimpl": "hookspecs",
     "inspect": "verbs.inspect",
     "merge": "verbs.merge",
     "plan": "verbs.plan",
+    "same_input": "decompositions.groups",
     "set_threads": "_native",
     "verify": "verbs.verify",
 }
@@ -69,6 +73,7 @@ __all__ = [
     "CheckpointError",
     "Decomposition",
     "Delta",
+    "Layer",
     "LoraCompressError",
     "Options",
     "Plan",
@@ -79,11 +84,13 @@ __all__ = [
     "Spectrum",
     "TensorError",
     "__version__",
+    "across_depth",
     "extract",
     "hookimpl",
     "inspect",
     "merge",
     "plan",
+    "same_input",
     "set_threads",
     "verify",
 ]

@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lora_compress import plugins
 from lora_compress._native import Checkpoint, Delta, Writer, round_to
 from lora_compress.adapter import AdapterPlan, GroupFactors
 from lora_compress.decompositions.interface import Decomposition, Layer
@@ -34,6 +38,14 @@ from lora_compress.verbs.merge import merge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+@contextmanager
+def loaded(*modules: ModuleType) -> Iterator[None]:
+    """While it lasts, the host has its own plugins and these: what a test extracts with is what it names."""
+    host = plugins.Plugins(installed=False, extra=tuple((module.__name__, module) for module in modules))
+    with mock.patch.object(plugins, "load", return_value=host):
+        yield
+
 
 SHAPES = ((12, 8), (8, 12), (16, 16), (9, 7), (1, 6), (6, 1), (1, 1))
 # Unit roundoff and smallest positive number.

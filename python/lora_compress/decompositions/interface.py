@@ -224,6 +224,20 @@ class Decomposition:
                 raise ValueError(f"the factors make a {shape} matrix, the delta is {delta.shape}")
         return layers
 
+    def improve(
+        self,
+        deltas: Sequence[Delta],
+        layers: Sequence[Sequence[NDArray[Any]]],
+        *,
+        tolerance: float = 1e-4,
+        sweeps: int = als.SWEEPS,
+    ) -> list[list[Factor]]:
+        """Factors of every layer, improved by alternating least squares: the error never rises. For a `fit` that knows
+        a good start.
+        """
+        sizes = [self.network.sizes(factors) for factors in layers]
+        return als.fit(self.network, sizes, deltas, seed=0, tolerance=tolerance, start=layers, sweeps=sweeps)
+
     def initial(self, rows: int, cols: int, rank: int, *, seed: int) -> list[Factor]:
         """Factors to train from, with a ΔW of zero: by `init`, or one factor zero and the others normal, so that their
         product with inputs of variance 1 has variance 1/3 like LoRA's (Hu et al. 2022). What layers share is alike for
