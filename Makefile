@@ -26,8 +26,10 @@ $(NATIVE): .venv/ready $(RUST_SOURCES)
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release --quiet >/dev/null
 	touch $@
 
-.venv/dev: .venv/ready
+# First-party plugins are installed as anybody would install them, but for their dependency on what is built here.
+.venv/dev: .venv/ready $(wildcard plugins/*/pyproject.toml)
 	$(BIN)/pip install --quiet --group lint --group test
+	$(BIN)/pip install --quiet --no-deps $(patsubst %,--editable %,$(dir $(wildcard plugins/*/pyproject.toml)))
 	touch $@
 
 # PyTorch is large: one environment for all clones, made again when its requirements change. `flock` keeps two clones apart.
@@ -59,9 +61,12 @@ lint-rust:
 
 .PHONY: lint-python
 lint-python: build .venv/dev
-	$(BIN)/ruff format --check --quiet python tests tools benchmarks
-	$(BIN)/ruff check --quiet python tests tools benchmarks
+	$(BIN)/ruff format --check --quiet python plugins tests tools benchmarks
+	$(BIN)/ruff check --quiet python plugins tests tools benchmarks
 	$(BIN)/mypy
+	@for plugin in plugins/*/; do \
+	  (cd $$plugin && MYPYPATH=src $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml src tests) || exit 1; \
+	done
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest lora_compress._native
 	$(BIN)/lint-imports
 
@@ -84,7 +89,7 @@ test-python: build .venv/dev chromium  ## Python tests that need no PyTorch (HYP
 
 .PHONY: test-torch
 test-torch: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Tests with PyTorch, transformers and PEFT, on real weights
-	PYTHONPATH=python LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch
+	PYTHONPATH=python LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch tests/torch
 
 # Peers have environments of their own, shared between clones: scikit-learn joins PyTorch's, mergekit pins what it needs.
 BENCH_JSON := docs/benchmarks
@@ -122,8 +127,8 @@ bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL
 .PHONY: format
 format: .venv/dev  ## Format Rust and Python
 	cargo fmt --all
-	$(BIN)/ruff format --quiet python tests tools benchmarks
-	$(BIN)/ruff check --quiet --fix python tests tools benchmarks
+	$(BIN)/ruff format --quiet python plugins tests tools benchmarks
+	$(BIN)/ruff check --quiet --fix python plugins tests tools benchmarks
 
 .PHONY: help-check
 help-check: build  ## Time `lora-compress --help`

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_compress.ranks.choice import RankChoice
     from lora_compress.ranks.plan import Plan
     from lora_compress.verbs.changes import Options
+    from lora_compress.verbs.compare import compare
     from lora_compress.verbs.extract import extract
     from lora_compress.verbs.inspect import inspect
     from lora_compress.verbs.merge import merge
@@ -56,6 +57,7 @@ _HOME = {
     "TensorError": "errors",
     "__version__": "_native",
     "across_depth": "decompositions.groups",
+    "compare": "verbs.compare",
     "extract": "verbs.extract",
     "hookimpl": "hookspecs",
     "inspect": "verbs.inspect",
@@ -85,6 +87,7 @@ __all__ = [
     "TensorError",
     "__version__",
     "across_depth",
+    "compare",
     "extract",
     "hookimpl",
     "inspect",

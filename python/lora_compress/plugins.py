@@ -27,6 +27,9 @@ BUILT_IN = ("lora_compress.decompositions.ab", "lora_compress.formats.peft", "lo
 # "0" leaves installed plugins out: for tests, and to find out whether a plugin is at fault.
 SWITCH = "LORA_COMPRESS_PLUGINS"
 
+# What `--decomposition` takes besides names.
+BEST = "best"
+
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -56,6 +59,8 @@ class Registry(Generic[Item]):
             raise PluginError(
                 f"plugin `{origin}` registers the {self._kind} `{name}`: names are a-z, 0-9 and inner hyphens"
             )
+        if name == BEST:
+            raise PluginError(f"plugin `{origin}` registers the {self._kind} `{name}`, a word that means all of them")
         if name in self._items:
             other = self._items[name][1]
             raise PluginError(

@@ -39,6 +39,7 @@ from lora_compress.verbs.merge import merge
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+
 @contextmanager
 def loaded(*modules: ModuleType) -> Iterator[None]:
     """While it lasts, the host has its own plugins and these: what a test extracts with is what it names."""

@@ -25,8 +25,9 @@ COMMANDS = {
     "extract": ("extract", "Extract an adapter from a full fine-tune."),
     "merge": ("merge", "Merge adapters into a base model."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
+    "compare": ("compare", "Compare decompositions at equal bytes."),
     "report": ("report", "Write a plan as an HTML page."),
-    "plugins": ("plugins", "List decompositions and formats."),
+    "plugins": ("plugins", "List decompositions and formats, or start a plugin of your own."),
     "demo": ("demo", "Run the whole way on a real pair that ships with this package."),
 }
 

@@ -57,7 +57,8 @@ TENSORS = (
                  help="Store a tied embedding's factors for the output head too.  [default: tied-head]"),
     click.option("--dtype", type=click.Choice(["BF16", "F16", "F32"], case_sensitive=False), default="BF16",
                  show_default=True, help="Element type of the stored factors."),
-    click.option("--format", "format_", default="peft", show_default=True, help="Format of the adapter."),
+    click.option("--format", "format_", metavar="FORMAT",
+                 help="peft, or factors: any decomposition as it is.  [default: peft; factors for best]"),
     click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True,
                  help="Same inputs and seed, same bytes."),
 )  # fmt: skip
@@ -79,12 +80,16 @@ def choice_of(given: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
-def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
-    """Adds groups of options to a command, in their order."""
+def options(
+    *groups: tuple[Callable[[Command], Command], ...], without: frozenset[str] = frozenset()
+) -> Callable[[Command], Command]:
+    """Adds groups of options to a command, in their order, but for those named."""
 
     def add(command: Command) -> Command:
         for option in reversed([option for group in groups for option in group]):
             command = option(command)
+        given: list[click.Parameter] = getattr(command, "__click_params__", [])
+        given[:] = [parameter for parameter in given if parameter.name not in without]
         return command
 
     return add

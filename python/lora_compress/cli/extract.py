@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ Examples:
 )
 @click.option("--calibration", type=PATH, metavar="FILE", help="Text, or token ids (.npy, .json), for --scale search.")
 @click.option("--scale-by-module", is_flag=True, help="Search a scale for each kind of module.")
-@click.option("--decomposition", default="ab", show_default=True, help="See `lora-compress plugins list`.")
+@click.option(
+    "-d",
+    "--decomposition",
+    default="ab",
+    show_default=True,
+    metavar="NAME|best",
+    help="See `lora-compress plugins list`; best is the one with the least error, for each layer or group of layers.",
+)
 @options(TENSORS)
 @click.option(
     "--base-name", metavar="NAME", help="What the adapter calls its base, such as a Hub id.  [default: BASE as given]"
@@ -109,6 +117,9 @@ def command(
             for row in totals["treatments"]
         ]
         print_table(["treatment ", "tensors", "share of ‖ΔW‖²", "bytes"], rows)
+        if result.decomposition == "best":
+            counts = Counter(tensor.decomposition for tensor in result.tensors if tensor.decomposition)
+            click.echo("best: " + ", ".join(f"{name} for {count}" for name, count in counts.most_common()))
         share = result.adapter_bytes / max(result.tuned_bytes, 1)
         click.echo(
             f"{result.out}: {size(result.adapter_bytes)} ({share:.2%} of the tuned model), "

@@ -64,7 +64,7 @@ def command(
     if out is not None:
         output.check_file(out, force=force, inputs=(base, tuned) if tuned is not None else ())
     if tuned is None:
-        if Options(format=format_, **given) != Options() or bound is not None:
+        if Options(format=format_ or Options().format, **given) != Options() or bound is not None:
             raise click.UsageError(
                 "a saved plan already says which tensors, dtype and seed: give BASE and TUNED instead"
             )
@@ -79,7 +79,14 @@ def command(
             )
     else:
         with progress(quiet=quiet or as_json) as bar:
-            result = plan(base, tuned, **asked, bound=bound, options=Options(format=format_, **given), progress=bar)
+            result = plan(
+                base,
+                tuned,
+                **asked,
+                bound=bound,
+                options=Options(format=format_ or Options().format, **given),
+                progress=bar,
+            )
     if out is not None:
         file.write(result, out)
     if as_json:

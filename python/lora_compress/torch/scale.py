@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
-from lora_compress.model import Model, last_component
+from lora_compress.model import Model
+from lora_compress.torch.fidelity import CONTEXT, TOKENS, Adapted, Target, load
 from lora_compress.torch.tokens import read_tokens
 from lora_compress.verbs.merge import read_adapter
 from lora_compress.verbs.side_file import read_manifest
@@ -27,8 +26,6 @@ from lora_compress.verbs.side_file import read_manifest
 # Where the best scale is looked for. The upper end is far above what restoring ‖ΔW‖ would ask for at useful ranks.
 LEAST, MOST = 0.8, 1.6
 TOLERANCE = 0.02
-CONTEXT = 512
-TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ def search_scale(
     windows = read_tokens(calibration, Path(tuned), context=context, most=tokens)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.inference_mode():
-        target = _Target(_load(tuned, place), windows)
-        scaled = _Scaled(_load(base, place), read_adapter(adapter, model))
+        target = Target(load(tuned, place), windows)
+        scaled = Adapted(load(base, place), read_adapter(adapter, model))
         calibrate, check = target.halves()
 
         def loss(scales: Mapping[str, float], half: list[int]) -> float:
@@ -166,78 +163,3 @@ def golden_section(
             y = left + ratio * (right - left)
             at_y = function(y)
     return (x, at_x) if at_x < at_y else (y, at_y)
-
-
-class _Target:
-    """What tuned predicts on every window."""
-
-    def __init__(self, tuned: Any, windows: torch.Tensor) -> None:
-        size = tuned.get_input_embeddings().num_embeddings
-        if int(windows.min()) < 0 or int(windows.max()) >= size:
-            raise SelectionError(
-                f"token ids reach from {int(windows.min())} to {int(windows.max())}, the model has {size}"
-            )
-        self.windows = windows
-        self.log_p = [_predictions(tuned, window).cpu() for window in windows]
-
-    def halves(self) -> tuple[list[int], list[int]]:
-        """Every other window calibrates, the others check."""
-        numbers = list(range(len(self.windows)))
-        return numbers[::2], numbers[1::2]
-
-    def divergence(self, model: Any, half: list[int]) -> float:
-        """KL(tuned ‖ model) in nats per token."""
-        total, count = 0.0, 0
-        for number in half:
-            log_q = _predictions(model, self.windows[number])
-            log_p = self.log_p[number].to(log_q.device)
-            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            count += len(log_p)
-        return total / count
-
-
-class _Scaled:
-    """A base whose weights carry an adapter at scales that can be set."""
-
-    def __init__(self, model: Any, adapter: Adapter) -> None:
-        self.model = model
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        missing = sorted(adapter.tensors() - set(parameters))
-        if missing:
-            raise SelectionError(f"transformers has no weight `{missing[0]}`: it names this model's weights otherwise")
-        if adapter.new_rows:
-            raise SelectionError(
-                f"`{min(adapter.new_rows)}` has new rows: no scale is searched where the vocabulary grew"
-            )
-        for name, (checkpoint, key) in adapter.replacements.items():
-            parameters[name].copy_(torch.from_numpy(checkpoint.read(key)).to(parameters[name]))
-        self._terms = []
-        for name, terms in adapter.low_rank.items():
-            weight = parameters[name]
-            for term in terms:
-                b, a = (torch.from_numpy(factor).to(weight) for factor in term.factors())
-                self._terms.append((last_component(name), weight, b, a))
-        self.kinds = list(dict.fromkeys(kind for kind, *_ in self._terms))
-        self._scales = dict.fromkeys(self.kinds, 0.0)
-
-    def set(self, scales: Mapping[str, float]) -> None:
-        """Give every kind of module a scale."""
-        for kind, weight, b, a in self._terms:
-            step = scales[kind] - self._scales[kind]
-            if step:
-                weight.addmm_(b, a, alpha=step)
-        self._scales = dict(scales)
-
-
-def _load(path: str | Path, device: torch.device) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
-    except (OSError, ValueError) as error:
-        raise SelectionError(f"transformers does not load `{path}` as a causal language model: {error}") from error
-
-
-def _predictions(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token, float32 (context − 1, vocabulary)."""
-    device = next(model.parameters()).device
-    logits: torch.Tensor = model(window[None].to(device)).logits[0, :-1]
-    return logits.float().log_softmax(-1)

@@ -27,6 +27,7 @@ from lora_compress.ranks.recognise import recognise
 from lora_compress.ranks.text import size
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
+from lora_compress.verbs.best import BEST, best_tasks
 from lora_compress.verbs.changes import Changes, Options, find_changes, nothing_changed, untouched
 from lora_compress.verbs.decompose import Decomposed, Storing, decompose, empty, padded
 from lora_compress.verbs.parallel import ordered_map
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # An error that was asked for may be missed by this, relatively, without a word.
 WITHIN = 1e-3
+# The format of "best": pairs alone would make `ab` the best of all everywhere.
+FACTORS = "factors"
 # Copied with the adapter when the vocabulary grew: the base's tokenizer does not know the new entries.
 TOKENIZER = ("added_tokens.json", "chat_template.*", "merges.txt", "special_tokens_map.json", "tokenizer*", "vocab.*")
 
@@ -111,7 +114,7 @@ def extract(
     layout: str | None = None,
     scale: float | Mapping[str, float] = 1.0,
     decomposition: str = "ab",
-    format: str = "peft",  # noqa: A002 (the name of the option everywhere)
+    format: str | None = None,  # noqa: A002 (the name of the option everywhere)
     dtype: str = "BF16",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -142,7 +145,9 @@ def extract(
     layout: "peft" (a rank for every tensor), or "uniform" (all padded to one, for servers that know no other).
     scale: the adapter's ΔW is multiplied by this, in its factors; or a number for each kind of module (`q_proj`, …), 1
         for those that are not named. `lora_compress.torch.scale` finds good ones.
-    decomposition, format: names of registered plugins.
+    decomposition: the name of a registered one, or "best": of all, for every layer or group of layers the one that
+        leaves the least error at the size that pairs of the chosen ranks have.
+    format: the name of a registered one; "peft", or "factors" for "best", when absent.
     dtype: element type of the stored factors, "BF16", "F16" or "F32".
     include, exclude: regular expressions searched in tensor names; excluded tensors keep the base's values.
     embeddings: regular expressions for embeddings that their names do not give away.
@@ -166,7 +171,8 @@ def extract(
         raise ValueError(f"tolerance ({tolerance}) must be positive, scale ({scale}) must not be 0")
     asked = {"rank": rank, "budget": budget, "error": error, "weights": weights, "ranks_allowed": ranks_allowed}
     choice = choose(**asked, max_rank=max_rank, layout=layout)  # type: ignore[arg-type]
-    options = Options(include, exclude, embeddings, skip_missing, tied_head, format, dtype, seed)
+    usual = FACTORS if decomposition == BEST and plan is None else Options().format
+    options = Options(include, exclude, embeddings, skip_missing, tied_head, format or usual, dtype, seed)
     if plan is not None:
         if choice != RankChoice() or options != Options():
             raise PlanError("a plan already says which tensors, ranks and dtype: plan again to change them")
@@ -175,7 +181,8 @@ def extract(
     out = Path(out)
     output.check(out, force=force, inputs=(Path(base), Path(tuned)))
     host = plugins.load()
-    method, target = host.decompositions[decomposition], host.formats[options.format]
+    method = host.decompositions[decomposition] if decomposition != BEST else None
+    target = host.formats[options.format]
     progress = progress or Silent()
     changes = find_changes(base, tuned, target, options, progress)
     if plan is not None:
@@ -190,10 +197,14 @@ def extract(
     as_factors = stores_factors(target)
     if as_factors and choice.layout == "uniform":
         raise SelectionError(f"the layout `uniform` is one of pairs: the format `{target.name}` stores none")
-    is_own = plan is None and choice == RankChoice("rank", choice.value, choice.weights)
-    work = tasks(changes, method, ranks, int(choice.value) if is_own else None, as_factors=as_factors)
     pads = ranks if choice.pads and not as_factors else {}
     storing = Storing(as_factors, options.dtype, scale, pads, fills=choice.layout == "uniform")
+    failed: list[str] = []
+    if method is None:
+        work, failed = best_tasks(changes, storing, ranks, progress, seed=options.seed, tolerance=tolerance)
+    else:
+        is_own = plan is None and choice == RankChoice("rank", choice.value, choice.weights)
+        work = tasks(changes, method, ranks, int(choice.value) if is_own else None, as_factors=as_factors)
     adapter_plan = AdapterPlan(
         base=changes.base,
         base_name=base_name or str(base),
@@ -234,7 +245,7 @@ def extract(
             "rank": max(account.rank for account in accounts),
             "choice": choice.to_json(),
             "scale": dict(scale) if isinstance(scale, Mapping) else scale,
-            "decomposition": method.name,
+            "decomposition": decomposition,
             "format": target.name,
             "dtype": options.dtype,
             "seed": options.seed,
@@ -250,14 +261,19 @@ def extract(
         out,
         choice,
         scale,
-        method.name,
+        decomposition,
         target.name,
         options.dtype,
         tuple(accounts),
         adapter_bytes,
         sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
         time.perf_counter() - started,
-        (*changes.warnings, *(recognise(plan).warnings if plan is not None else ()), *_broken_wishes(choice, accounts)),
+        (
+            *changes.warnings,
+            *failed,
+            *(recognise(plan).warnings if plan is not None else ()),
+            *_broken_wishes(choice, accounts),
+        ),
     )
 
 
