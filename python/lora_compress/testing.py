@@ -90,7 +90,8 @@ def check_decomposition(
     @given(deltas(decomposition, shapes), st.integers(0, 2**32 - 1), st.data())
     def run(found: list[NDArray[np.float32]], seed: int, data: st.DataObject) -> None:
         handles = [Delta.from_array(values, MODEL.format(number)) for number, values in enumerate(found)]
-        rungs = list(decomposition.ranks([values.shape for values in found]))[:4]
+        every = list(decomposition.ranks([values.shape for values in found]))
+        rungs = sorted({*every[:3], *every[-1:]})
         assert rungs, f"there is no rank for matrices of shape {found[0].shape}"
         errors = []
         whole = math.fsum(delta.energy for delta in handles)
@@ -216,6 +217,9 @@ def check_start(decomposition: Decomposition, case: Case, seed: int) -> None:
         factors = decomposition.initial(*delta.shape, case.rank, seed=seed)
         assert [factor.shape for factor in factors] == decomposition.shapes(*delta.shape, case.rank)
         assert not decomposition.dense(factors).any(), "training does not start from the base"
+        x, dy = (np.random.default_rng(seed).standard_normal(size).astype(np.float32) for size in delta.shape[::-1])
+        gradients = decomposition.adjoint(x, dy, factors)[1]
+        assert any(gradient.any() for gradient in gradients), "training cannot leave where it starts"
 
 
 def check_merge(decomposition: Decomposition, case: Case, dtype: str, seed: int) -> None:
