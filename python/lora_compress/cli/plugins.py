@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from lora_compress.cli._console import common_options, print_json, print_table
+from lora_compress.cli._console import PATH, common_options, print_json, print_table
 
 
 @click.group("plugins")
@@ -47,3 +49,43 @@ def list_(as_json: bool, quiet: bool) -> None:
         ]
         rows += [["format", item.name, "", host.formats.origin(item.name)] for item in host.formats]
         print_table(["kind ", "name ", "contraction ", "plugin "], rows)
+
+
+@command.command(
+    "new",
+    epilog="""\b
+Examples:
+  lora-compress plugins new my-factors
+  lora-compress plugins new my-factors -o plugins/lora-compress-my-factors""",
+)
+@click.argument("name")
+@click.option("-o", "--out", type=PATH, metavar="DIR", help="Directory to create.  [default: NAME]")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@common_options
+def new(name: str, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Start a plugin: a package with a working decomposition called NAME.
+
+    It can be installed at once, and has tests that pass. NAME is a-z, 0-9 and inner hyphens; the module has underscores
+    for the hyphens.
+    """
+    import shlex
+
+    from lora_compress.verbs.new_plugin import new_plugin
+
+    made = new_plugin(name, out, force=force)
+    commands = [shlex.join(["pip", "install", "-e", f"{made.out}[test]"]), shlex.join(["pytest", str(made.out)])]
+    if as_json:
+        print_json(
+            {
+                "schema_version": 1,
+                "name": made.name,
+                "module": made.module,
+                "out": str(made.out),
+                "files": list(made.files),
+                "next": commands,
+            }
+        )
+    elif not quiet:
+        click.echo(f"{made.out}: a plugin with the decomposition `{name}`. Next:\n")
+        for line in commands:
+            click.echo(f"  {line}")

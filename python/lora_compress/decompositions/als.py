@@ -177,8 +177,8 @@ class _Equations:
     def solve(self) -> Array:
         """The best F."""
         lead = tuple(self.sizes[index] for index in self.carried)
-        size = math.prod(self.sizes[index] for index in self.inner)
-        solved = _least_squares(self.matrix.reshape(*lead, size, size), self.wanted.reshape(*lead, size, -1))
+        size, columns = (math.prod(self.sizes[index] for index in part) for part in (self.inner, self.alone))
+        solved = _least_squares(self.matrix.reshape(*lead, size, size), self.wanted.reshape(*lead, size, columns))
         solved = solved.reshape(tuple(self.sizes[index] for index in self.order))
         return np.ascontiguousarray(np.transpose(solved, [self.order.index(index) for index in self.term]))
 
