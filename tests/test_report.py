@@ -163,9 +163,9 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     """Open a plan's page; afterwards it must have been quiet: no error, no request, no dialog."""
     tabs: list[Tab] = []
 
-    def call(plan_json: dict[str, Any], **options: Any) -> Tab:
+    def call(plan_json: dict[str, Any], comparison_json: dict[str, Any] | None = None, **options: Any) -> Tab:
         path = tmp_path / f"{len(tabs)}.html"
-        path.write_text(page(plan_json), encoding="utf-8")
+        path.write_text(page(plan_json, comparison_json), encoding="utf-8")
         tab = Tab(browser, **options)
         tabs.append(tab)
         tab.open(path, DRAWN)

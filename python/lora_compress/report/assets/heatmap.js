@@ -111,7 +111,9 @@ function heatMapSpec(blocks, metric, width) {
   const most = Math.max(...blocks.map((block) => block.layers.size));
   const step = Math.max(3, Math.min(most > 8 ? 32 : 56, (width - limit - 24) / most));
   const height = Math.max(15, Math.min(24, step));
-  const colours = quantitative("value", {
+  // A nominal metric gives colours themselves.
+  const itself = { field: "value", type: "nominal", scale: null, legend: null };
+  const colours = metric.nominal ? itself : quantitative("value", {
     scale: { ...metric.scale, range: ["low", "middle", "high"].map(colour), interpolate: "lab" },
     legend: {
       title: null, orient: "top", direction: "horizontal", gradientLength: Math.min(200, width / 2), gradientThickness: 9,

@@ -9,6 +9,8 @@ const headers = allocation.least - plan.fixed;
 // `budget` is a size as typed, or null while the plan's own ranks are shown.
 const state = { budget: null, ranks: planned, metric: "rank", selected: 0 };
 const charts = [];
+// Charts that no budget changes.
+const steady = [];
 
 /** Makes the ranks those of a budget, given as text. Returns what is wrong with it, or null. */
 function spend(text) {
@@ -207,7 +209,7 @@ function wireTheme() {
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
   const show = () => {
     at("theme").textContent = isDark() ? "Light theme" : "Dark theme";
-    for (const chart of charts) chart.draw();
+    for (const chart of [...charts, ...steady]) chart.draw();
   };
   at("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
@@ -224,7 +226,7 @@ function watchWidth() {
     if (at("report").clientWidth === width) return;
     width = at("report").clientWidth;
     clearTimeout(timer);
-    timer = setTimeout(() => charts.forEach((chart) => chart.draw()), 120);
+    timer = setTimeout(() => [...charts, ...steady].forEach((chart) => chart.draw()), 120);
   }).observe(at("report"));
 }
 
@@ -245,10 +247,12 @@ if (plan.lowRank.length > 0) {
   for (const section of document.querySelectorAll(".needs-ranks")) section.hidden = true;
   at("slider").disabled = at("budget").disabled = true;
 }
+const comparison = readComparison();
+if (comparison !== null) steady.push(...showDecompositions(comparison, plan.totals.bytes));
 table.update(state.ranks);
 table.show();
 table.mark(state.selected);
 wireTheme();
 render();
 watchWidth();
-Promise.all(charts.map((chart) => chart.ready)).then(() => (document.documentElement.dataset.drawn = "true"));
+Promise.all([...charts, ...steady].map((chart) => chart.ready)).then(() => (document.documentElement.dataset.drawn = "true"));
