@@ -101,8 +101,10 @@ def test_an_adapter_of_another_base_is_refused(pair: Pair, tmp_path: Path, rng: 
         lora_compress.merge(tmp_path / "other", [tmp_path / "out"], tmp_path / "merged")
     smaller, config = tiny_llama(rng, hidden=12)
     save(tmp_path / "smaller", smaller, config)
-    with pytest.raises(lora_compress.TensorError, match=r"has shape .* does not fit"):
+    with pytest.raises(AdapterError, match="made for a base with other values"):
         lora_compress.merge(tmp_path / "smaller", [tmp_path / "out"], tmp_path / "merged")
+    with pytest.raises(lora_compress.TensorError, match=r"has shape .* does not fit"):
+        lora_compress.merge(tmp_path / "smaller", [tmp_path / "out"], tmp_path / "merged", any_base=True)
     assert not (tmp_path / "merged").exists()
 
 
@@ -174,3 +176,84 @@ def test_values_that_overflow_the_base_are_refused(tmp_path: Path) -> None:
     lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1)
     with pytest.raises(lora_compress.TensorError, match=r"`norm`: the merged value 1e5 .* overflows F16"):
         lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+
+
+def test_weights_scale_each_adapter(tmp_path: Path, rng: np.random.Generator) -> None:
+    base = {"a.weight": rng.standard_normal((16, 12)).astype(np.float32), "norm": np.ones(12, np.float32)}
+    first, second = tuned_from(base, rng), tuned_from(base, rng)
+    for name, tensors in (("base", base), ("first", first), ("second", second)):
+        save(tmp_path / name, tensors, {})
+    for name, format_ in (("first", "peft"), ("second", "factors")):
+        lora_compress.extract(
+            tmp_path / "base", tmp_path / name, tmp_path / f"{name}-ad", rank=12, dtype="F32", format=format_
+        )
+    adapters = [tmp_path / "first-ad", tmp_path / "second-ad"]
+    lora_compress.merge(tmp_path / "base", adapters, tmp_path / "merged", weights=[0.25, -2])
+    merged = load(tmp_path / "merged")
+    for name, values in base.items():
+        exact = values.astype(np.float64)
+        expected = exact + 0.25 * (first[name] - exact) - 2 * (second[name] - exact)
+        assert np.allclose(merged[name], expected, rtol=0, atol=64 * 2.0**-24), name
+    with pytest.raises(ValueError, match="1 weights for 2 adapters"):
+        lora_compress.merge(tmp_path / "base", adapters, tmp_path / "other", weights=[1.0])
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+def test_another_dtype_is_rounded_once(dtype: str, pair: Pair, tmp_path: Path) -> None:
+    config = json.loads((pair[0] / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (pair[0] / "config.json").write_text(json.dumps(config))
+    lora_compress.extract(*pair, tmp_path / "out", rank=5)
+    result = lora_compress.merge(pair[0], tmp_path / "out", tmp_path / "merged", dtype=dtype)
+    base, merged = load(pair[0]), load(tmp_path / "merged")
+    factors = {name: tensor.astype(np.float64) for name, tensor in load(tmp_path / "out").items()}
+    prefix = "base_model.model.model.layers.0.mlp.up_proj."
+    exact = base["model.layers.0.mlp.up_proj.weight"].astype(np.float64)
+    b, a = factors[prefix + "lora_B.weight"], factors[prefix + "lora_A.weight"]
+    size = np.abs(exact) + np.abs(b) @ np.abs(a)
+    got = merged["model.layers.0.mlp.up_proj.weight"]
+    unit = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 0.0}[dtype]
+    # Half a spacing of the dtype, of F16 below its normal numbers too, and γ of the f32 product.
+    bound = unit * np.maximum(np.abs(exact + b @ a), 2.0**-14) + 7 * 2.0**-24 * size
+    assert (np.abs(got.astype(np.float64) - (exact + b @ a)) <= bound).all()
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    assert str(got.dtype) == names[dtype]
+    # What no adapter touches is converted too, exactly where the dtype is no narrower.
+    untouched = "model.layers.1.mlp.up_proj.weight"
+    assert str(merged[untouched].dtype) == names[dtype]
+    assert (merged[untouched].astype(np.float64) == base[untouched].astype(np.float64)).all() or dtype == "F16"
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == names[dtype]
+    assert result.gain == pytest.approx(1.0, abs=0.05 if dtype == "BF16" else 1e-2)
+
+
+def test_small_updates_are_lost_to_nearest_and_kept_at_random(tmp_path: Path, rng: np.random.Generator) -> None:
+    from tests.checkpoints import BF16
+
+    base = {"a.weight": rng.standard_normal((256, 192)).astype(BF16)}
+    tuned = {"a.weight": base["a.weight"].astype(np.float32) + 1e-4 * rng.standard_normal((256, 192), np.float32)}
+    save(tmp_path / "base", base, {})
+    save(tmp_path / "tuned", tuned, {})
+    lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=192, dtype="F32")
+    nearest = lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / "nearest")
+    assert nearest.gain < 0.5
+    assert nearest.lost > 0.5
+    assert any("rounding swallows the update" in warning for warning in nearest.warnings)
+    exact = lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / "exact", dtype="F32")
+    assert exact.gain == pytest.approx(1.0, abs=1e-3)
+    random = [
+        lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / str(n), rounding="stochastic", seed=n // 2)
+        for n in range(3)
+    ]
+    # The mean of 49152 elements whose noise is some ten times their update.
+    assert random[0].gain == pytest.approx(1.0, abs=0.25)
+    bytes_ = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3)]
+    assert bytes_[0] == bytes_[1] != bytes_[2]
+    with pytest.raises(ValueError, match="rounding"):
+        lora_compress.merge(tmp_path / "base", tmp_path / "out", tmp_path / "no", rounding="up")
+
+
+def test_an_adapter_knows_its_base(pair: Pair, tmp_path: Path) -> None:
+    lora_compress.extract(*pair, tmp_path / "out", rank=2)
+    with pytest.raises(AdapterError, match="made for a base with other values"):
+        lora_compress.merge(pair[1], tmp_path / "out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    lora_compress.merge(pair[1], tmp_path / "out", tmp_path / "merged", any_base=True)

@@ -48,7 +48,7 @@ class Adapter:
         return Update(
             low_rank=list(self.low_rank.get(tensor, ())),
             computed=list(self.computed.get(tensor, ())),
-            replacements=[self.replacements[tensor]] if tensor in self.replacements else [],
+            replacements=[(*self.replacements[tensor], 1.0)] if tensor in self.replacements else [],
             new_rows=self.new_rows.get(tensor),
         )
 

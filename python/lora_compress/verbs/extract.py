@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_compress import plugins
-from lora_compress._native import Workspace, __version__, kernel
+from lora_compress._native import Workspace, __version__, fingerprint, kernel
 from lora_compress.adapter import AdapterPlan, stores_factors
 from lora_compress.errors import PlanError, SelectionError
 from lora_compress.model import Model, last_component
@@ -239,6 +239,7 @@ def extract(
             "schema_version": SCHEMA_VERSION,
             "version": __version__,
             "base": adapter_plan.base_name,
+            "base_fingerprint": fingerprint(changes.base.checkpoint),
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract({choice.describe()})",
             "causal_lm": changes.base.architecture.endswith("ForCausalLM"),

@@ -1,21 +1,25 @@
-"""`merge`: a base and adapters become a merged checkpoint, W' = round(W + Σ s·B·A).
+"""`merge`: a base and adapters become a merged checkpoint, W' = round(W + Σ w·s·B·A).
 
-The output has the base's files: the same shards, dtypes, order and index. Tensors that no adapter touches are copied
-byte for byte, and so is everything else that makes a model (configuration, tokenizer).
+The output has the base's files: the same shards, order, index and, unless told otherwise, dtypes. Tensors that no
+adapter touches are copied byte for byte, and so is everything else that makes a model (configuration, tokenizer).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_compress import plugins
-from lora_compress._native import Checkpoint, LowRank, Update, merge_shard
+from lora_compress._native import Checkpoint, LowRank, MergedTensor, Update, fingerprint, merge_shard
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
 from lora_compress.model import CONFIG, Model, names, read_json
@@ -23,22 +27,34 @@ from lora_compress.verbs import output
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.extract import TOKENIZER
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.side_file import with_side_file
+from lora_compress.verbs.selection import FLOATS
+from lora_compress.verbs.side_file import read_manifest, with_side_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NEAREST, STOCHASTIC = ROUNDINGS = ("nearest", "stochastic")
+# An update of which less than this arrives is worth a warning.
+ENOUGH = 0.95
+# As transformers' configurations call dtypes.
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Weights in other containers would contradict the merged ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What `merge` did."""
+    """What `merge` did.
+
+    lost: the share of the elements with an update that rounding left as they were.
+    gain: ⟨W' − W, D⟩ / ⟨D, D⟩ over all updates D: how much of them arrived; 1 where there is none.
+    """
 
     out: Path
     changed: int
     copied: int
     nbytes: int
+    lost: float
+    gain: float
     seconds: float
     warnings: tuple[str, ...]
 
@@ -50,6 +66,8 @@ class MergeResult:
             "changed_tensors": self.changed,
             "copied_tensors": self.copied,
             "bytes": self.nbytes,
+            "lost_fraction": self.lost,
+            "effective_gain": self.gain,
             "seconds": self.seconds,
             "warnings": list(self.warnings),
         }
@@ -60,55 +78,105 @@ def merge(
     adapters: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    rounding: str = NEAREST,
+    seed: int = 0,
+    any_base: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into a base model.
 
-    Several adapters are summed in the order given. Where exactly one stores a tensor whole, its values are copied;
-    where several do, each one's difference to the base is added.
+    Several adapters are summed in the order given, in one pass. Where exactly one of weight 1 stores a tensor whole,
+    its values are copied; else each one's weighted difference to the base is added.
 
     Parameters
     ----------
     base: safetensors file, or directory with `model.safetensors` or a shard index.
     adapters: adapter directories of any registered format.
     out: directory to create; with a name ending in `.safetensors` and an unsharded base, a single file.
+    weights: one for each adapter; 1 for all when absent.
+    dtype: "BF16", "F16", "F32" or "F64" for all float tensors; each one's own when absent.
+    rounding: "nearest", or "stochastic": up or down at random, so that small updates survive on average (BF16, F16).
+    seed: of stochastic rounding; the same seed gives the same bytes.
+    any_base: merge although an adapter was made for a base with other values.
     force: replace an existing output.
     progress: receives progress reports.
 
     Raises
     ------
-    AdapterError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError. Nothing is left behind.
+    AdapterError, TensorError, CheckpointError, PluginError, OutputExistsError, OSError; `ValueError` for options out of
+    range. Nothing is left behind.
     """
     started = time.perf_counter()
     if isinstance(adapters, str | Path):
         adapters = [adapters]
     if not adapters:
         raise ValueError("at least one adapter is needed")
+    weights = tuple(weights) or (1.0,) * len(adapters)
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters, each a finite number")
+    if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
+        raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
     out, inputs = Path(out), (Path(base), *map(Path, adapters))
     output.check(out, force=force, inputs=inputs)
     model = Model.open(base)
     parts = [read_adapter(path, model) for path in adapters]
-    updates = combine(parts)
-    progress = progress or Silent()
-    progress.begin("merging", sum(tensor.nbytes for tensor in model.checkpoint.tensors()), 0)
+    if not any_base:
+        check_made_for(model, parts)
+    updates = combine(parts, weights)
+    stochastic = seed if rounding == STOCHASTIC else None
+    report = progress or Silent()
+    merged: list[MergedTensor] = []
+
+    def write(number: int, path: Path) -> None:
+        _, tensors = merge_shard(
+            model.checkpoint, number, updates, path, report.advance, dtype=dtype, stochastic=stochastic
+        )
+        merged.extend(tensors)
+
+    report.begin("merging", sum(tensor.nbytes for tensor in model.checkpoint.tensors()), 0)
 
     as_file = out.suffix == ".safetensors"
     if as_file and len(model.checkpoint.shards) > 1:
         raise ValueError(f"`{base}` has several shards: `{out}` must be a directory")
     if as_file:
         out.parent.mkdir(parents=True, exist_ok=True)
-        merge_shard(model.checkpoint, 0, updates, out, progress.advance)
+        write(0, out)
     else:
         with output.new_directory(out, force=force, inputs=inputs) as folder:
             for number, shard in enumerate(model.checkpoint.shards):
                 name = shard.name if model.path.is_dir() else SINGLE
-                merge_shard(model.checkpoint, number, updates, folder / name, progress.advance)
-            _write_companions(model, parts, folder)
+                write(number, folder / name)
+            _write_companions(model, parts, folder, dtype)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    warnings = tuple(warning for part in parts for warning in part.warnings)
+    touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
+    lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0
+    gain = math.fsum(tensor.got for tensor in merged) / asked if asked else 1.0
+    warnings = [warning for part in parts for warning in part.warnings]
+    if gain < ENOUGH:
+        warnings.append(
+            f"rounding swallows the update: {gain:.0%} of it arrives, {lost:.0%} of the elements stay as they were. "
+            "Store more digits (--dtype F32), round at random (--rounding stochastic), or serve base and adapter apart"
+        )
     copied = len(names(model.checkpoint)) - len(updates)
-    return MergeResult(out, len(updates), copied, nbytes, time.perf_counter() - started, warnings)
+    seconds = time.perf_counter() - started
+    return MergeResult(out, len(updates), copied, nbytes, lost, gain, seconds, tuple(warnings))
+
+
+def check_made_for(base: Model, adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` for an adapter that says it was made for a base with other values."""
+    ours = None
+    for adapter in adapters:
+        theirs = read_manifest(adapter.path).get("base_fingerprint") if adapter.path.is_dir() else None
+        if theirs is not None:
+            ours = ours or fingerprint(base.checkpoint)
+            if theirs != ours:
+                raise AdapterError(
+                    f"`{adapter.path}` was made for a base with other values than `{base.path}` has: pass --any-base "
+                    "to merge it all the same"
+                )
 
 
 def read_adapter(path: str | Path, base: Model) -> Adapter:
@@ -137,19 +205,21 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
     return adapter
 
 
-def combine(adapters: Sequence[Adapter]) -> dict[str, Update]:
-    """What several adapters together do to each tensor. Raises `AdapterError` when two append rows to the same one."""
+def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Update]:
+    """What several weighted adapters together do to each tensor. Raises `AdapterError` when two append rows to one."""
     low_rank: dict[str, list[LowRank]] = {}
     computed: dict[str, list[Any]] = {}
-    replacements: dict[str, list[Stored]] = {}
+    replacements: dict[str, list[tuple[Checkpoint, str, float]]] = {}
     rows: dict[str, tuple[Stored, Path]] = {}
-    for adapter in adapters:
+    for adapter, weight in zip(adapters, weights, strict=True):
         for name, terms in adapter.low_rank.items():
-            low_rank.setdefault(name, []).extend(terms)
-        for name, terms_to_compute in adapter.computed.items():
-            computed.setdefault(name, []).extend(terms_to_compute)
+            low_rank.setdefault(name, []).extend(term if weight == 1 else term.scaled(weight) for term in terms)
+        for name, made in adapter.computed.items():
+            computed.setdefault(name, []).extend(
+                make if weight == 1 else partial(_scaled, make, weight) for make in made
+            )
         for name, stored in adapter.replacements.items():
-            replacements.setdefault(name, []).append(stored)
+            replacements.setdefault(name, []).append((*stored, float(weight)))
         for name, stored in adapter.new_rows.items():
             if name in rows:
                 raise AdapterError(f"`{rows[name][1]}` and `{adapter.path}` both append rows to `{name}`")
@@ -165,7 +235,13 @@ def combine(adapters: Sequence[Adapter]) -> dict[str, Update]:
     }
 
 
-def _write_companions(base: Model, adapters: Sequence[Adapter], folder: Path) -> None:
+def _scaled(make: Any, weight: float) -> Any:
+    """A pair or a whole difference, `weight` times."""
+    made = make()
+    return (made[0] * np.float32(weight), made[1]) if isinstance(made, tuple) else made * np.float32(weight)
+
+
+def _write_companions(base: Model, adapters: Sequence[Adapter], folder: Path, dtype: str | None) -> None:
     """Index, configuration and tokenizer of the merged model."""
     if base.path.is_dir():
         for path in sorted(base.path.iterdir()):
@@ -184,20 +260,24 @@ def _write_companions(base: Model, adapters: Sequence[Adapter], folder: Path) ->
         index["weight_map"] = {name: shard for shard, held in shards.items() for name in names(held)}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     grown = {name: stored for adapter in adapters for name, stored in adapter.new_rows.items()}
+    if base.config and (grown or dtype is not None):
+        config = {**base.config, **_grown_vocabulary(base, grown)}
+        for key in ("torch_dtype", "dtype"):
+            if dtype is not None and key in config:
+                config[key] = TORCH_NAMES[dtype]
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if grown and base.config:
-        _grow_vocabulary(base, grown, folder)
         for adapter in adapters:
             for pattern in TOKENIZER:
                 for path in sorted(adapter.path.glob(pattern)):
                     shutil.copy2(path, folder / path.name)
 
 
-def _grow_vocabulary(base: Model, grown: dict[str, Stored], folder: Path) -> None:
-    """Let the configuration's `vocab_size` follow the rows of the embedding, where it said their number before."""
+def _grown_vocabulary(base: Model, grown: dict[str, Stored]) -> dict[str, int]:
+    """The configuration's `vocab_size` follows the rows of the embedding, where it said their number before."""
     size = base.config.get("vocab_size")
     for name, (checkpoint, key) in grown.items():
         rows = base.checkpoint.info(name).shape[0]
         if rows == size:
-            config = {**base.config, "vocab_size": rows + checkpoint.info(key).shape[0]}
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            return
+            return {"vocab_size": rows + checkpoint.info(key).shape[0]}
+    return {}

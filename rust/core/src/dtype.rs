@@ -133,12 +133,23 @@ pub(crate) trait Element: Copy {
     fn read(bytes: &[u8]) -> f64;
     /// The stored value as f32: exact but for F64, which is rounded.
     fn read_f32(bytes: &[u8]) -> f32;
-    /// `base + delta`, summed in f32 (in f64 where the element is F64) and rounded once; also returns whether it is finite.
-    fn add(base: &[u8], delta: f32, out: &mut [u8]) -> bool;
     /// Rounds `value` to this type; returns whether the result is finite.
     fn write(value: f64, out: &mut [u8]) -> bool;
     /// Rounds an f32 to this type and back.
     fn round(value: f32) -> f32;
+}
+
+/// `value` as f32, where what is lost sets the last bit: rounding that to 16 bits gives what rounding `value` at once would
+/// (Boldo & Melquiond 2008). `half` looks at 20 bits of the significand only.
+fn to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    let back = f64::from(near);
+    if back == value || !near.is_finite() || near.to_bits() & 1 == 1 {
+        return near;
+    }
+    // Away from zero codes grow, towards it they fall; from zero the sign is that of the value.
+    let toward_zero = back.abs() > value.abs();
+    f32::from_bits(if toward_zero { near.to_bits() - 1 } else { near.to_bits() + 1 })
 }
 
 macro_rules! element {
@@ -153,13 +164,6 @@ macro_rules! element {
                 raw.copy_from_slice(&bytes[..$bytes]);
                 $read(raw)
             }
-
-            #[inline(always)]
-            fn store(value: $float, out: &mut [u8]) -> bool {
-                let raw: [u8; $bytes] = $write(value);
-                out[..$bytes].copy_from_slice(&raw);
-                ($read(raw) as $float).is_finite()
-            }
         }
 
         impl Element for $type {
@@ -173,11 +177,6 @@ macro_rules! element {
             #[inline(always)]
             fn read_f32(bytes: &[u8]) -> f32 {
                 Self::load(bytes) as f32
-            }
-
-            #[inline(always)]
-            fn add(base: &[u8], delta: f32, out: &mut [u8]) -> bool {
-                Self::store(Self::load(base) + <$float>::from(delta), out)
             }
 
             #[inline(always)]
@@ -197,10 +196,10 @@ macro_rules! element {
 }
 
 element!(Bf16, f32, 2, |raw| bf16::from_le_bytes(raw).to_f32(), |value| bf16::from_f32(value).to_le_bytes(), |value| {
-    bf16::from_f64(value).to_le_bytes()
+    bf16::from_f32(to_odd(value)).to_le_bytes()
 });
 element!(F16, f32, 2, |raw| f16::from_le_bytes(raw).to_f32(), |value| f16::from_f32(value).to_le_bytes(), |value| {
-    f16::from_f64(value).to_le_bytes()
+    f16::from_f32(to_odd(value)).to_le_bytes()
 });
 element!(F32, f32, 4, f32::from_le_bytes, f32::to_le_bytes, |value: f64| (value as f32).to_le_bytes());
 element!(F64, f64, 8, f64::from_le_bytes, f64::to_le_bytes, f64::to_le_bytes);

@@ -1,26 +1,57 @@
-//! Merging: a base checkpoint and updates become a merged checkpoint, streamed shard by shard and row panel by row panel.
+//! Merging: a base checkpoint and updates become a merged checkpoint, shard by shard and row panel by row panel.
 //!
-//! A merged shard has the tensors, dtypes and order of the base's shard; tensors without an update are copied byte for byte.
-//! Memory holds the factors of one tensor and a few row panels, never a whole tensor.
+//! A merged shard has the tensors, order and, unless told otherwise, dtypes of the base's shard; tensors without an update are
+//! copied byte for byte. Every panel is read, summed, rounded and written to its place by one thread, so reading, arithmetic and
+//! writing go on side by side. Memory holds the factors of some tensors and a few panels, never a whole tensor.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+
+use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::panels;
-use crate::update::{LoadedUpdate, Update};
-use crate::write::{Spec, Writer};
+use crate::place::PlacedFile;
+use crate::rounding::{self, Applied, Storing};
+use crate::update::{LoadedUpdate, Scratch, Update};
+use crate::write::Spec;
 
-/// Bytes of a tensor that are produced before they are written.
-const GROUP: usize = 32 << 20;
-/// Bytes of a tensor that one thread works on.
-const PANEL: usize = 1 << 20;
+/// Bytes of tensors that are worked on at a time; their factors are in memory.
+const BATCH: u64 = 192 << 20;
+/// Elements of a panel: sums in f32 that stay in the second-level cache. And its least rows, that factors be used often enough.
+const PANEL: usize = 1 << 18;
+const ROWS: usize = 12;
 
 /// Updates by the name of the base's tensor.
 pub type Updates = BTreeMap<String, Update>;
 
-/// Writes the merged form of shard number `shard` of `base` to `path`; returns the size of the file.
+/// What became of the update of one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MergedTensor {
+    /// Its name.
+    pub name: String,
+    /// Elements that the update would change.
+    pub touched: u64,
+    /// Those that rounding left as they were.
+    pub lost: u64,
+    /// ⟨D, D⟩ of the update D.
+    pub asked: f64,
+    /// ⟨W' − W, D⟩: equal to it where nothing is lost.
+    pub got: f64,
+}
+
+/// A merged shard.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MergedShard {
+    /// Size of the file.
+    pub nbytes: u64,
+    /// Tensors with an update that is summed, in the order of the shard.
+    pub tensors: Vec<MergedTensor>,
+}
+
+/// Writes the merged form of shard number `shard` of `base` to `path`.
 ///
 /// `progress` is called with the number of bytes written since the last call; its error ends the merge, and nothing is left
 /// behind. Updates for tensors of other shards are ignored; [`unknown_tensors`] finds those that belong to none.
@@ -31,9 +62,10 @@ pub fn merge_shard(
     base: &Checkpoint,
     shard: usize,
     updates: &Updates,
+    storing: &Storing,
     path: &Path,
     progress: &mut dyn FnMut(u64) -> Result<()>,
-) -> Result<u64> {
+) -> Result<MergedShard> {
     let Some(shard) = base.shards().get(shard) else {
         return Err(Error::Writer { path: path.into(), reason: format!("the base has no shard number {shard}") });
     };
@@ -47,18 +79,46 @@ pub fn merge_shard(
             }
             None => info.shape.clone(),
         };
-        specs.push(Spec { name: name.clone(), dtype: info.dtype, shape });
+        let dtype = storing.dtype.filter(|_| info.dtype.is_computable()).unwrap_or(info.dtype);
+        specs.push(Spec { name: name.clone(), dtype, shape });
     }
-    let mut writer = Writer::create(path, &specs, shard.metadata().clone())?;
-    for spec in specs {
-        let name = spec.name.clone();
-        writer.begin(spec)?;
-        match updates.get(&name) {
-            Some(update) => write_merged(&update.load(base, &name)?, &mut writer, progress)?,
-            None => copy(base, &name, &mut writer, progress)?,
+    let file = PlacedFile::create(path, &specs, shard.metadata())?;
+    let mut tensors = Vec::new();
+    for batch in batches(base, shard.names())? {
+        let mut loaded = Vec::with_capacity(batch.len());
+        for name in batch {
+            loaded.push((name.as_str(), updates.get(name).map(|update| update.load(base, name)).transpose()?));
         }
+        let jobs: Vec<(usize, Range<usize>)> = (0..loaded.len())
+            .map(|at| Ok((at, panels_of(base, &loaded[at])?)))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .flat_map(|(at, panels)| panels.into_iter().map(move |panel| (at, panel)))
+            .collect();
+        let done = jobs.par_iter().map_init(Scratch::default, |scratch, (at, panel)| {
+            let (name, update) = &loaded[*at];
+            match update {
+                Some(update) => write_merged(update, name, panel.clone(), storing, &file, scratch),
+                None => copy(base, name, panel.clone(), storing, &file),
+            }
+        });
+        let done = done.collect::<Result<Vec<Applied>>>()?;
+        let mut sums = vec![Applied::default(); loaded.len()];
+        // In the order of the panels, whoever finished first.
+        jobs.iter().zip(done).for_each(|((at, _), applied)| sums[*at].add(applied));
+        let mut written = 0;
+        for ((name, update), sum) in loaded.iter().zip(sums) {
+            written += base.info(name)?.nbytes;
+            let Some(update) = update else { continue };
+            file.write(name, appended_at(update, storing), &update.appended_bytes(storing)?)?;
+            if sum.touched > 0 {
+                let Applied { touched, lost, asked, got, .. } = sum;
+                tensors.push(MergedTensor { name: (*name).to_owned(), touched, lost, asked, got });
+            }
+        }
+        progress(written)?;
     }
-    writer.finish()
+    Ok(MergedShard { nbytes: file.finish()?, tensors })
 }
 
 /// Names of updates that no tensor of the base answers to.
@@ -67,38 +127,65 @@ pub fn unknown_tensors(base: &Checkpoint, updates: &Updates) -> Vec<String> {
     updates.keys().filter(|name| !base.contains(name)).cloned().collect()
 }
 
-fn write_merged(
-    update: &LoadedUpdate<'_>,
-    writer: &mut Writer,
-    progress: &mut dyn FnMut(u64) -> Result<()>,
-) -> Result<()> {
-    let (rows, cols) = update.matrix_shape();
-    let height = (PANEL / (4 * cols.max(1))).max(1);
-    for group in panels::cut(rows, height * (GROUP / PANEL)) {
-        let ranges = panels::cut(group.len(), height).into_iter();
-        let ranges = ranges.map(|range| range.start + group.start..range.end + group.start).collect();
-        for bytes in panels::map(ranges, |range| update.merged_rows(range)) {
-            let bytes = bytes?;
-            writer.write(&bytes)?;
-            progress(bytes.len() as u64)?;
+/// Cuts the names of a shard into runs of tensors that are not too large together.
+fn batches<'a>(base: &Checkpoint, names: &'a [String]) -> Result<Vec<&'a [String]>> {
+    let mut batches = Vec::new();
+    let (mut first, mut size) = (0, 0u64);
+    for (at, name) in names.iter().enumerate() {
+        let nbytes = base.info(name)?.nbytes;
+        if at > first && size.saturating_add(nbytes) > BATCH {
+            batches.push(&names[first..at]);
+            (first, size) = (at, 0);
         }
+        size = size.saturating_add(nbytes);
     }
-    let bytes = update.appended_bytes()?;
-    writer.write(&bytes)?;
-    progress(bytes.len() as u64)
+    batches.push(&names[first..]);
+    Ok(batches)
 }
 
-fn copy(base: &Checkpoint, name: &str, writer: &mut Writer, progress: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
-    let total = base.info(name)?.nbytes;
-    let mut buffer = vec![0u8; (GROUP as u64).min(total) as usize];
-    let mut begin = 0;
-    while begin < total {
-        let len = (total - begin).min(GROUP as u64) as usize;
-        let bytes = &mut buffer[..len];
-        base.read_bytes(name, begin, bytes)?;
-        writer.write(bytes)?;
-        progress(len as u64)?;
-        begin += len as u64;
+/// Panels of a tensor: rows where it is merged; bytes where it is copied, elements where that converts.
+fn panels_of(base: &Checkpoint, tensor: &(&str, Option<LoadedUpdate<'_>>)) -> Result<Vec<Range<usize>>> {
+    if let (_, Some(update)) = tensor {
+        let (rows, cols) = update.matrix_shape();
+        return Ok(panels::cut(rows, (PANEL / cols.max(1)).max(ROWS) / 6 * 6));
     }
-    Ok(())
+    let info = base.info(tensor.0)?;
+    let unit = if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 };
+    Ok(panels::cut((info.nbytes / unit) as usize, PANEL))
+}
+
+fn write_merged(
+    update: &LoadedUpdate<'_>,
+    name: &str,
+    rows: Range<usize>,
+    storing: &Storing,
+    file: &PlacedFile,
+    scratch: &mut Scratch,
+) -> Result<Applied> {
+    let (_, cols) = update.matrix_shape();
+    let begin = (rows.start * cols) as u64 * update.target(storing).bits() / 8;
+    let applied = update.merge_into(rows, storing, scratch)?;
+    file.write(name, begin, &scratch.out)?;
+    Ok(applied)
+}
+
+/// Where appended rows begin, in bytes.
+fn appended_at(update: &LoadedUpdate<'_>, storing: &Storing) -> u64 {
+    let (rows, cols) = update.matrix_shape();
+    (rows * cols) as u64 * update.target(storing).bits() / 8
+}
+
+fn copy(base: &Checkpoint, name: &str, panel: Range<usize>, storing: &Storing, file: &PlacedFile) -> Result<Applied> {
+    let info = base.info(name)?;
+    let unit = if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 };
+    let mut bytes = vec![0u8; panel.len() * unit as usize];
+    base.read_bytes(name, panel.start as u64 * unit, &mut bytes)?;
+    match storing.dtype {
+        Some(target) if info.dtype.is_computable() && target != info.dtype => {
+            let converted = rounding::convert(name, panel.start, (info.dtype, target), &bytes)?;
+            file.write(name, panel.start as u64 * target.bits() / 8, &converted)?;
+        }
+        _ => file.write(name, panel.start as u64 * unit, &bytes)?,
+    }
+    Ok(Applied::default())
 }

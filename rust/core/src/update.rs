@@ -1,109 +1,18 @@
 //! What an adapter does to one tensor of the base: W' = round(W + Σ s·B·A), or a stored replacement, or appended rows.
 //!
 //! An [`Update`] names where its parts are stored, or what computes them; [`Update::load`] reads the factors (small) and leaves
-//! everything stored of the tensor's own size on disk. [`LoadedUpdate`] then produces any range of the result, so that merging and verifying stream.
+//! everything stored of the tensor's own size on disk. [`LoadedUpdate`] then produces any range of the result, so that merging and
+//! verifying stream.
 
-use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
-
-use faer::MatMut;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
+use crate::kernel::Right;
 use crate::matrix::Matrix;
-use crate::panels;
-
-/// A stored tensor.
-#[derive(Debug, Clone)]
-pub struct Source {
-    /// The checkpoint (or adapter file) that holds it.
-    pub checkpoint: Arc<Checkpoint>,
-    /// Its name there.
-    pub name: String,
-}
-
-impl Source {
-    fn shape(&self) -> Result<&[usize]> {
-        Ok(&self.checkpoint.info(&self.name)?.shape)
-    }
-
-    fn read_matrix(&self) -> Result<Matrix> {
-        let shape = self.shape()?.to_vec();
-        let values = self.checkpoint.read_f32(&self.name)?;
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            let value = values.get(index).copied().map_or(f64::NAN, f64::from);
-            let path = self.checkpoint.path().into();
-            return Err(Error::NonFinite { path, name: self.name.clone(), index, value });
-        }
-        let matrix = match shape.as_slice() {
-            [rows, cols] => Matrix::new(*rows, *cols, values),
-            _ => None,
-        };
-        matrix.ok_or_else(|| Error::UpdateShape {
-            name: self.name.clone(),
-            shape: shape.clone(),
-            what: "a factor, which has two dimensions,".into(),
-            found: shape,
-        })
-    }
-}
-
-/// One low-rank term s·B·A.
-#[derive(Debug, Clone)]
-pub struct LowRank {
-    /// B, stored as `(out, r)`.
-    pub b: Source,
-    /// A, stored as `(r, in)`.
-    pub a: Source,
-    /// The scale s.
-    pub scale: f64,
-    /// The tensor is stored as `(in, out)`: embeddings, and layers with `fan_in_fan_out`.
-    pub transposed: bool,
-}
-
-impl LowRank {
-    /// Left and right factor in the orientation of the base's tensor, the scale in the left one.
-    ///
-    /// # Errors
-    /// [`Error::TensorMissing`], [`Error::UpdateShape`], [`Error::NonFinite`], [`Error::UnsupportedDtype`], [`Error::Io`].
-    pub fn factors(&self) -> Result<(Matrix, Matrix)> {
-        let (b, a) = (self.b.read_matrix()?, self.a.read_matrix()?);
-        if self.transposed {
-            let right = Matrix::from_faer(b.view().transpose(), 1.0);
-            return Ok((Matrix::from_faer(a.view().transpose(), self.scale), right));
-        }
-        Ok((Matrix::from_faer(b.view(), self.scale), a))
-    }
-}
-
-/// The values of a term that is not stored as a pair of factors.
-#[derive(Debug)]
-pub enum Values {
-    /// B and A, whose product is added.
-    Pair(Matrix, Matrix),
-    /// The whole difference.
-    Dense(Matrix),
-}
-
-/// A term that is computed when its tensor's turn comes: decompositions that do not lower to a small pair would otherwise hold
-/// all of a model in memory.
-#[derive(Clone)]
-pub struct Computed(Arc<dyn Fn() -> std::result::Result<Values, String> + Send + Sync>);
-
-impl Computed {
-    /// A term that `compute` makes; called once for each time that the tensor is merged, on any thread.
-    pub fn new(compute: impl Fn() -> std::result::Result<Values, String> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(compute))
-    }
-}
-
-impl fmt::Debug for Computed {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Computed")
-    }
-}
+use crate::rounding::{self, Applied, Storing};
+use crate::terms::{Computed, LowRank, Source, Values};
 
 /// Everything that adapters do to one tensor.
 #[derive(Debug, Clone, Default)]
@@ -112,8 +21,9 @@ pub struct Update {
     pub low_rank: Vec<LowRank>,
     /// Terms that are computed, summed after those.
     pub computed: Vec<Computed>,
-    /// Stored values that take the place of the base's. One is copied; of several, each one's difference to the base is added.
-    pub replacements: Vec<Source>,
+    /// Stored values that take the place of the base's, each with a weight. One of weight 1 is copied; otherwise each one's difference
+    /// to the base is added, as often as its weight says.
+    pub replacements: Vec<(Source, f64)>,
     /// Rows appended after the base's last.
     pub new_rows: Option<Source>,
 }
@@ -127,15 +37,25 @@ pub struct LoadedUpdate<'a> {
     /// Shape of the base's tensor as a matrix.
     rows: usize,
     cols: usize,
-    /// Left and right factor in the tensor's own orientation, the scale, and whether the stored ones are transposed.
-    terms: Vec<(Matrix, Matrix, f32, bool)>,
+    /// All low-rank terms as one pair: B of all terms side by side, scales included, row-major, and A below each other.
+    left: Vec<f32>,
+    right: Right,
     /// Terms that are whole differences.
     dense: Vec<Matrix>,
     /// Where W is read from.
     start: Start<'a>,
     /// Further replacements, as differences to the base.
-    differences: &'a [Source],
+    differences: &'a [(Source, f64)],
     new_rows: Option<&'a Source>,
+}
+
+/// Memory that one thread merges in again and again.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    base: Vec<u8>,
+    delta: Vec<f32>,
+    /// The merged bytes.
+    pub(crate) out: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -162,23 +82,14 @@ impl Update {
             [len] => (*len, 1),
             [rows, rest @ ..] => (*rows, rest.iter().product()),
         };
-        let mut terms = Vec::with_capacity(self.low_rank.len());
+        let mut terms = Vec::with_capacity(self.low_rank.len() + self.computed.len());
         for term in &self.low_rank {
             base.computable(name)?;
-            let (b, a) = (term.b.read_matrix()?, term.a.read_matrix()?);
-            let fits = if term.transposed {
-                (a.cols(), b.rows()) == (rows, cols)
-            } else {
-                (b.rows(), a.cols()) == (rows, cols)
-            };
-            if !fits || info.shape.len() != 2 {
-                return Err(misfit(&term.b, &[b.rows(), b.cols(), a.rows(), a.cols()]));
+            let (left, right) = term.factors()?;
+            if (left.rows(), right.cols()) != (rows, cols) || left.cols() != right.rows() || info.shape.len() != 2 {
+                return Err(misfit(&term.b, &[left.rows(), left.cols(), right.rows(), right.cols()]));
             }
-            if b.cols() != a.rows() {
-                return Err(misfit(&term.a, &[b.rows(), b.cols(), a.rows(), a.cols()]));
-            }
-            let (left, right) = if term.transposed { (a, b) } else { (b, a) };
-            terms.push((left, right, term.scale as f32, term.transposed));
+            terms.push((left, right));
         }
         let mut dense = Vec::new();
         for term in &self.computed {
@@ -199,11 +110,11 @@ impl Update {
                 return Err(Error::UpdateShape { name: name.into(), shape, what, found });
             }
             match values {
-                Values::Pair(b, a) => terms.push((b, a, 1.0, false)),
+                Values::Pair(b, a) => terms.push((b, a)),
                 Values::Dense(matrix) => dense.push(matrix),
             }
         }
-        for source in &self.replacements {
+        for (source, _) in &self.replacements {
             if source.shape()? != info.shape {
                 return Err(misfit(source, source.shape()?));
             }
@@ -215,7 +126,7 @@ impl Update {
             }
         }
         let (start, differences) = match self.replacements.as_slice() {
-            [only] => (Start::Replacement(only), [].as_slice()),
+            [(only, weight)] if weight.to_bits() == 1f64.to_bits() => (Start::Replacement(only), [].as_slice()),
             several => (Start::Base, several),
         };
         Ok(LoadedUpdate {
@@ -224,7 +135,8 @@ impl Update {
             dtype: info.dtype,
             rows,
             cols,
-            terms,
+            left: side_by_side(&terms, rows),
+            right: Right::pack(&terms.iter().map(|(_, right)| right.view()).collect::<Vec<_>>()),
             dense,
             start,
             differences,
@@ -238,6 +150,11 @@ impl LoadedUpdate<'_> {
     #[must_use]
     pub fn matrix_shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
+    }
+
+    /// The dtype that is stored: whole numbers keep theirs.
+    pub(crate) fn target(&self, storing: &Storing) -> Dtype {
+        storing.dtype.filter(|_| self.dtype.is_computable()).unwrap_or(self.dtype)
     }
 
     /// Whether stored values take the place of the base's.
@@ -263,101 +180,115 @@ impl LoadedUpdate<'_> {
     /// # Errors
     /// [`Error::Io`], [`Error::UnsupportedDtype`].
     pub fn delta_rows(&self, range: Range<usize>) -> Result<Vec<f32>> {
-        let mut delta = vec![0f32; range.len() * self.cols];
-        for (left, right, scale, transposed) in &self.terms {
-            let out = MatMut::from_row_major_slice_mut(&mut delta, range.len(), self.cols);
-            let (left, right) = if *transposed {
-                (left.view().transpose(), right.view().transpose())
-            } else {
-                (left.view(), right.view())
-            };
-            panels::multiply_add(out, left.subrows(range.start, range.len()), right, *scale);
-        }
+        let mut delta = Vec::new();
+        self.delta_rows_into(range, &mut delta)?;
+        Ok(delta)
+    }
+
+    fn delta_rows_into(&self, range: Range<usize>, delta: &mut Vec<f32>) -> Result<()> {
+        delta.resize(range.len() * self.cols, 0.0);
+        let rank = self.right.rank();
+        self.right.multiply(&self.left[range.start * rank..range.end * rank], delta);
         for matrix in &self.dense {
             let rows = matrix.values().chunks_exact(self.cols.max(1)).skip(range.start);
             for (sum, row) in delta.chunks_exact_mut(self.cols.max(1)).zip(rows) {
                 sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
             }
         }
-        for source in self.differences {
+        for (source, weight) in self.differences {
             let theirs = self.read_rows_f64(&source.checkpoint, &source.name, range.clone())?;
             let ours = self.read_rows_f64(self.base, self.name, range.clone())?;
             for ((value, theirs), ours) in delta.iter_mut().zip(theirs).zip(ours) {
-                *value += (theirs - ours) as f32;
+                *value += (weight * (theirs - ours)) as f32;
             }
         }
-        Ok(delta)
+        Ok(())
     }
 
-    /// The merged bytes of rows `range` of the base's tensor: W + delta summed in f32, rounded once to the base's dtype.
-    /// Where the delta is zero the stored bits are kept, so −0, NaN payloads and subnormals survive.
+    /// The merged bytes of rows `range` of the base's tensor: W + delta rounded once to the dtype that is stored, the base's
+    /// unless `storing` has another. Where the delta is zero and the dtype the base's, the stored bits are kept, so −0, NaN
+    /// payloads and subnormals survive. Also returns what rounding did to the delta.
     ///
     /// # Errors
     /// [`Error::Overflow`] when a finite sum does not fit the dtype; [`Error::Io`], [`Error::UnsupportedDtype`].
-    pub fn merged_rows(&self, range: Range<usize>) -> Result<Vec<u8>> {
-        let start = match self.start {
-            Start::Base => self.row_bytes(self.base, self.name, range.clone())?,
-            Start::Replacement(source) => self.convert(source, range.clone())?,
-        };
-        if self.terms.is_empty() && self.dense.is_empty() && self.differences.is_empty() {
-            return Ok(start);
-        }
-        let first = range.start * self.cols;
-        let delta = self.delta_rows(range)?;
-        let mut out = start.clone();
-        let overflow = with_element!(self.dtype, E => add_rows::<E>(&start, &delta, &mut out));
-        match overflow {
-            None => Err(self.base.unsupported(self.name, self.dtype)),
-            Some(Some((index, value))) => {
-                Err(Error::Overflow { name: self.name.into(), index: first + index, value, dtype: self.dtype })
-            }
-            Some(None) => Ok(out),
-        }
+    pub fn merged_rows(&self, range: Range<usize>, storing: &Storing) -> Result<(Vec<u8>, Applied)> {
+        let mut scratch = Scratch::default();
+        let applied = self.merge_into(range, storing, &mut scratch)?;
+        Ok((scratch.out, applied))
     }
 
-    /// The appended rows in the base's dtype, if any.
+    /// As [`Self::merged_rows`], into `scratch.out`.
+    pub(crate) fn merge_into(&self, range: Range<usize>, storing: &Storing, scratch: &mut Scratch) -> Result<Applied> {
+        let target = self.target(storing);
+        if let Start::Replacement(source) = self.start
+            && self.has_no_terms()
+        {
+            scratch.out = self.convert(source, range, target)?;
+            return Ok(Applied::default());
+        }
+        let stored = match self.start {
+            Start::Base => {
+                self.row_bytes_into(self.base, self.name, range.clone(), &mut scratch.base)?;
+                self.dtype
+            }
+            Start::Replacement(source) => {
+                scratch.base = self.convert(source, range.clone(), self.dtype)?;
+                self.dtype
+            }
+        };
+        let mut delta = std::mem::take(&mut scratch.delta);
+        self.delta_rows_into(range.clone(), &mut delta)?;
+        let first = range.start * self.cols;
+        let applied =
+            rounding::apply(self.name, first, (stored, target), &scratch.base, &delta, storing, &mut scratch.out);
+        scratch.delta = delta;
+        applied
+    }
+
+    fn has_no_terms(&self) -> bool {
+        self.right.rank() == 0 && self.dense.is_empty() && self.differences.is_empty()
+    }
+
+    /// The appended rows in the dtype that is stored, if any.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::UnsupportedDtype`].
-    pub fn appended_bytes(&self) -> Result<Vec<u8>> {
+    pub fn appended_bytes(&self, storing: &Storing) -> Result<Vec<u8>> {
+        let target = self.target(storing);
         match self.new_rows {
-            Some(source) => self.convert(source, 0..source.shape()?.first().copied().unwrap_or(0)),
+            Some(source) => self.convert(source, 0..source.shape()?.first().copied().unwrap_or(0), target),
             None => Ok(Vec::new()),
         }
     }
 
     /// Bytes of rows of a tensor whose columns are those of the base's.
     fn row_bytes(&self, checkpoint: &Checkpoint, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
-        let size = checkpoint.info(name)?.dtype.bits() as usize * self.cols;
-        let mut bytes = vec![0u8; (range.len() * size).div_ceil(8)];
-        checkpoint.read_bytes(name, (range.start * size / 8) as u64, &mut bytes)?;
+        let mut bytes = Vec::new();
+        self.row_bytes_into(checkpoint, name, range, &mut bytes)?;
         Ok(bytes)
     }
 
-    /// Rows of a stored tensor in the base's dtype: copied when the dtypes agree, else rounded once.
-    fn convert(&self, source: &Source, range: Range<usize>) -> Result<Vec<u8>> {
+    fn row_bytes_into(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
+        let size = checkpoint.info(name)?.dtype.bits() as usize * self.cols;
+        bytes.resize((range.len() * size).div_ceil(8), 0);
+        checkpoint.read_bytes(name, (range.start * size / 8) as u64, bytes)
+    }
+
+    /// Rows of a stored tensor in a dtype: copied when it is theirs, else rounded once.
+    fn convert(&self, source: &Source, range: Range<usize>, target: Dtype) -> Result<Vec<u8>> {
         let dtype = source.checkpoint.info(&source.name)?.dtype;
-        if dtype == self.dtype {
-            return self.row_bytes(&source.checkpoint, &source.name, range);
+        let bytes = self.row_bytes(&source.checkpoint, &source.name, range.clone())?;
+        if dtype == target {
+            return Ok(bytes);
         }
-        let first = range.start * self.cols;
-        let values = self.read_rows_f64(&source.checkpoint, &source.name, range)?;
-        let mut overflow = None;
-        let bytes = with_element!(self.dtype, E => {
-            let mut bytes = vec![0u8; values.len() * E::BYTES];
-            for (index, (&value, out)) in values.iter().zip(bytes.chunks_exact_mut(E::BYTES)).enumerate() {
-                if !E::write(value, out) && value.is_finite() {
-                    overflow.get_or_insert((index, value));
-                }
-            }
-            bytes
-        });
-        match (overflow, bytes) {
-            (Some((index, value)), _) => {
-                Err(Error::Overflow { name: self.name.into(), index: first + index, value, dtype: self.dtype })
-            }
-            (None, bytes) => bytes.ok_or_else(|| self.base.unsupported(self.name, self.dtype)),
-        }
+        source.checkpoint.computable(&source.name)?;
+        rounding::convert(self.name, range.start * self.cols, (dtype, target), &bytes)
     }
 
     fn read_rows_f64(&self, checkpoint: &Checkpoint, name: &str, range: Range<usize>) -> Result<Vec<f64>> {
@@ -368,14 +299,14 @@ impl LoadedUpdate<'_> {
     }
 }
 
-/// Adds `delta` where it is not zero; returns the first element whose finite sum overflowed the dtype.
-fn add_rows<E: Element>(start: &[u8], delta: &[f32], out: &mut [u8]) -> Option<(usize, f64)> {
-    let mut overflow = None;
-    let pairs = start.chunks_exact(E::BYTES).zip(out.chunks_exact_mut(E::BYTES));
-    for (index, ((start, out), &delta)) in pairs.zip(delta).enumerate() {
-        if delta != 0.0 && !E::add(start, delta, out) && E::read(start).is_finite() && overflow.is_none() {
-            overflow = Some((index, E::read(start) + f64::from(delta)));
+/// Left factors side by side, row-major.
+fn side_by_side(terms: &[(Matrix, Matrix)], rows: usize) -> Vec<f32> {
+    let rank = terms.iter().map(|(left, _)| left.cols()).sum::<usize>();
+    let mut joined = Vec::with_capacity(rows * rank);
+    for row in 0..rows {
+        for (left, _) in terms {
+            joined.extend_from_slice(&left.values()[row * left.cols()..(row + 1) * left.cols()]);
         }
     }
-    overflow
+    joined
 }

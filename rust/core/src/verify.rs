@@ -7,6 +7,7 @@ use crate::difference::{Difference, with_scratch};
 use crate::dtype::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::panels;
+use crate::rounding::Storing;
 use crate::update::Update;
 
 /// How far base + adapter is from tuned, for one tensor (over the rows of the base).
@@ -39,7 +40,7 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
     let parts = panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<[f64; 4]> {
         let (begin, len) = (range.start * cols, range.len() * cols);
         let approximation = update.delta_rows(range.clone())?;
-        let merged_bytes = update.merged_rows(range)?;
+        let (merged_bytes, _) = update.merged_rows(range, &Storing::default())?;
         let mut tuned_bytes = vec![0u8; len * (tuned_dtype.bits() / 8) as usize];
         tuned.read_bytes(name, begin as u64 * tuned_dtype.bits() / 8, &mut tuned_bytes)?;
         let decode = |dtype, bytes: &[u8]| {
@@ -79,7 +80,7 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
     if shape != tuned_info.shape {
         return Err(Error::ShapeMismatch { name: name.into(), base: shape, tuned: tuned_info.shape.clone() });
     }
-    let appended = update.appended_bytes()?;
+    let appended = update.appended_bytes(&Storing::default())?;
     if base_dtype == tuned_dtype && !appended.is_empty() {
         let mut expected = vec![0u8; appended.len()];
         tuned.read_bytes(name, tuned_info.nbytes.saturating_sub(appended.len() as u64), &mut expected)?;

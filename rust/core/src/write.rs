@@ -55,20 +55,7 @@ impl Writer {
         let bound = expected.iter().map(|spec| (spec.name.clone(), (spec.clone(), total, total))).collect();
         let reserved = header_json(&bound, &metadata).len().next_multiple_of(PREFIX as usize);
 
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        // A sibling temporary file, renamed when complete: readers never see half a file, and another process that has
-        // the old file open or mapped keeps the old bytes. A sibling, because a rename cannot cross file systems.
-        let prefix = format!(".{name}.");
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(&prefix).suffix(".partial");
-        #[cfg(unix)]
-        {
-            // Temporary files are private by default; a checkpoint gets the permissions of any other new file.
-            use std::os::unix::fs::PermissionsExt;
-            builder.permissions(std::fs::Permissions::from_mode(0o666));
-        }
-        let file = builder.tempfile_in(folder).at(path)?;
+        let file = beside(path)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&vec![b' '; PREFIX as usize + reserved]).at(path)?;
         Ok(Self { path: path.into(), out, metadata, reserved, done: BTreeMap::new(), open: None, position: 0 })
@@ -150,7 +137,25 @@ impl Writer {
     }
 }
 
-fn header_json(tensors: &BTreeMap<String, (Spec, u64, u64)>, metadata: &BTreeMap<String, String>) -> String {
+/// A temporary file beside `path`, to be renamed to it.
+pub(crate) fn beside(path: &Path) -> Result<NamedTempFile> {
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // A sibling temporary file, renamed when complete: readers never see half a file, and another process that has
+    // the old file open or mapped keeps the old bytes. A sibling, because a rename cannot cross file systems.
+    let prefix = format!(".{name}.");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".partial");
+    #[cfg(unix)]
+    {
+        // Temporary files are private by default; a checkpoint gets the permissions of any other new file.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(folder).at(path)
+}
+
+pub(crate) fn header_json(tensors: &BTreeMap<String, (Spec, u64, u64)>, metadata: &BTreeMap<String, String>) -> String {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let mut json = String::from("{");
     if !metadata.is_empty() {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use lora_compress_core::{
-    Checkpoint, Computed, Delta, Dtype, Error, HeaderFault, IndexFault, LowRank, Matrix, Source, Spec, Update, Updates,
-    Values, Writer, compare, decode, encode, merge_shard, same_bytes, unknown_tensors,
+    Checkpoint, Computed, Delta, Dtype, Error, HeaderFault, IndexFault, LowRank, Matrix, MergedShard, Rounding, Source,
+    Spec, Storing, Update, Updates, Values, Writer, compare, decode, encode, merge_shard, same_bytes, unknown_tensors,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -71,9 +71,15 @@ impl Case {
         Self { folder, base, updates }
     }
 
+    fn store(&self, name: &str, storing: &Storing) -> Result<(Tensors, MergedShard), Error> {
+        let path = self.folder.path().join(name);
+        let shard = merge_shard(&self.base, 0, &self.updates, storing, &path, &mut |_| Ok(()))?;
+        Ok((read_all(&Checkpoint::open(&path)?), shard))
+    }
+
     fn merge(&self, name: &str) -> Result<Tensors, Error> {
         let path = self.folder.path().join(name);
-        merge_shard(&self.base, 0, &self.updates, &path, &mut |_| Ok(()))?;
+        merge_shard(&self.base, 0, &self.updates, &Storing::default(), &path, &mut |_| Ok(()))?;
         Ok(read_all(&Checkpoint::open(&path)?))
     }
 }
@@ -208,13 +214,82 @@ fn a_replacement_is_copied_and_new_rows_are_appended() {
         Update {
             low_rank: vec![],
             computed: vec![],
-            replacements: vec![source("values")],
+            replacements: vec![(source("values"), 1.0)],
             new_rows: Some(source("rows")),
         },
     )]);
     let merged = case.merge("merged.safetensors").unwrap();
     assert_eq!(merged["w"].1, [4, 3]);
     assert_eq!(merged["w"].2, [values.2, rows.2].concat());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn other_dtypes_are_rounded_once_from_the_exact_sum(
+        from in floats(), to in floats(), seed in any::<u64>(), stochastic in any::<bool>(),
+    ) {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32 / 8_388_608.0 - 1.0) * 2f32.powi((state >> 33) as i32 % 6)
+        };
+        let (rows, cols, rank) = (9, 21, 2);
+        let (w, b, a): (Vec<f32>, Vec<f32>, Vec<f32>) = (
+            (0..rows * cols).map(|_| next()).collect(),
+            (0..rows * rank).map(|_| next()).collect(),
+            (0..rank * cols).map(|_| next()).collect(),
+        );
+        let case = Case::low_rank(from, [rows, cols], &w, rank, &b, &a, 1.0);
+        let rounding = if stochastic { Rounding::Stochastic(seed) } else { Rounding::Nearest };
+        let storing = Storing { dtype: Some(to), rounding };
+        let (merged, _) = case.store("merged.safetensors", &storing).unwrap();
+        prop_assert_eq!(&merged, &case.store("again.safetensors", &storing).unwrap().0);
+        let values = |dtype, bytes: &[u8]| {
+            let mut values = vec![0f32; rows * cols];
+            assert!(decode(dtype, bytes, &mut values));
+            values
+        };
+        let stored = values(from, &read_all(&case.base)["w"].2);
+        prop_assert_eq!(merged["w"].0, to);
+        let found = values(to, &merged["w"].2);
+        for i in 0..rows {
+            for j in 0..cols {
+                let terms = (0..rank).map(|k| f64::from(b[i * rank + k]) * f64::from(a[k * cols + j]));
+                let (delta, size) = terms.fold((0.0, 0.0), |(sum, size), term: f64| (sum + term, size + term.abs()));
+                let exact = f64::from(stored[i * cols + j]) + delta;
+                let spacings = if stochastic { 2.0 } else { 1.0 };
+                // The product is summed in f32, and f32 and F64 are compared as f32.
+                let bound = spacings * half_ulp(to, exact) + (rank + 2) as f64 * 2f64.powi(-24) * (size + exact.abs());
+                prop_assert!((f64::from(found[i * cols + j]) - exact).abs() <= bound, "{from} to {to} at {i}, {j}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_at_random_keeps_the_mean_and_rounding_to_nearest_loses_small_updates() {
+    // A quarter of the spacing of bf16 at 1: to nearest nothing happens, at random a quarter of the elements move.
+    let (rows, cols) = (64, 256);
+    let case = Case::low_rank(
+        Dtype::BF16,
+        [rows, cols],
+        &vec![1.0; rows * cols],
+        1,
+        &vec![1.0; rows],
+        &vec![2f32.powi(-9); cols],
+        1.0,
+    );
+    let (_, nearest) = case.store("nearest.safetensors", &Storing::default()).unwrap();
+    let [lost] = nearest.tensors.as_slice() else { panic!("one tensor is merged") };
+    assert_eq!((lost.touched, lost.lost, lost.got), (16384, 16384, 0.0));
+    let random = |seed| Storing { dtype: None, rounding: Rounding::Stochastic(seed) };
+    let (first, kept) = case.store("first.safetensors", &random(1)).unwrap();
+    let [kept] = kept.tensors.as_slice() else { panic!("one tensor is merged") };
+    // A binomial share of 16384 tries: five standard deviations are 0.017.
+    assert!((kept.got / kept.asked - 1.0).abs() < 4.0 * 0.017, "{}", kept.got / kept.asked);
+    assert_ne!(first, case.store("second.safetensors", &random(2)).unwrap().0);
 }
 
 #[test]
@@ -260,7 +335,8 @@ fn overflow_and_misfits_are_named() {
 fn an_interrupted_merge_leaves_nothing() {
     let case = Case::low_rank(Dtype::F32, [8, 8], &[1.0; 64], 1, &[1.0; 8], &[1.0; 8], 1.0);
     let path = case.folder.path().join("merged.safetensors");
-    let result = merge_shard(&case.base, 0, &case.updates, &path, &mut |_| Err(Error::Interrupted));
+    let result =
+        merge_shard(&case.base, 0, &case.updates, &Storing::default(), &path, &mut |_| Err(Error::Interrupted));
     assert!(matches!(result, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(case.folder.path()).unwrap().count(), 2);
 }

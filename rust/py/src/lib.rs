@@ -32,6 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<merge::LowRank>()?;
     module.add_class::<merge::Update>()?;
     module.add_class::<merge::Comparison>()?;
+    module.add_class::<merge::MergedTensor>()?;
     module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::fingerprint, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;

@@ -8,7 +8,7 @@ use numpy::{PyArray2, PyReadonlyArray2};
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::delta::{array, matrix};
+use crate::delta::{array, matrix, parse_dtype};
 use crate::gate;
 
 /// One low-rank term scale·B·A, by the names of its factors in `adapter`: B (out, r), A (r, in).
@@ -29,6 +29,11 @@ impl LowRank {
         Self { inner: core::LowRank { b: source(b), a: source(a), scale, transposed } }
     }
 
+    /// The same term, `weight` times.
+    fn scaled(&self, weight: f64) -> Self {
+        Self { inner: core::LowRank { scale: self.inner.scale * weight, ..self.inner.clone() } }
+    }
+
     /// The factors in the base tensor's own orientation, scale included: float32 (rows, r) and (r, cols) whose product is
     /// added to it.
     fn factors<'py>(&self, py: Python<'py>) -> PyResult<Factors<'py>> {
@@ -41,7 +46,8 @@ type Factors<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<f32>>);
 
 /// What adapters do to one tensor of the base: low-rank terms, computed terms, stored replacements, appended rows.
 ///
-/// `computed`: callables that return what is added to the base's tensor, a float32 pair B (rows, r), A (r, cols) or a float32 matrix
+/// `replacements`: where values that take the place of the base's are stored, and a weight. One of weight 1 is copied; of others each
+/// difference to the base is added, weighted. `computed`: callables that return what is added to the base's tensor, a float32 pair B (rows, r), A (r, cols) or a float32 matrix
 /// (rows, cols). Each is called when the tensor's turn comes, on any thread; what it raises becomes a `TensorError`.
 #[pyclass(frozen, from_py_object, module = "lora_compress._native")]
 #[derive(Clone)]
@@ -50,6 +56,7 @@ pub struct Update {
 }
 
 type Stored<'py> = (PyRef<'py, Checkpoint>, String);
+type Weighted<'py> = (PyRef<'py, Checkpoint>, String, f64);
 
 #[pymethods]
 impl Update {
@@ -58,16 +65,19 @@ impl Update {
     fn new(
         low_rank: Vec<LowRank>,
         computed: Vec<Py<PyAny>>,
-        replacements: Vec<Stored<'_>>,
+        replacements: Vec<Weighted<'_>>,
         new_rows: Option<Stored<'_>>,
     ) -> Self {
-        let source = |(checkpoint, name): Stored<'_>| core::Source { checkpoint: checkpoint.inner.clone(), name };
+        let source = |checkpoint: &Checkpoint, name| core::Source { checkpoint: checkpoint.inner.clone(), name };
         Self {
             inner: core::Update {
                 low_rank: low_rank.into_iter().map(|term| term.inner).collect(),
                 computed: computed.into_iter().map(computed_term).collect(),
-                replacements: replacements.into_iter().map(source).collect(),
-                new_rows: new_rows.map(source),
+                replacements: replacements
+                    .into_iter()
+                    .map(|(checkpoint, name, weight)| (source(&checkpoint, name), weight))
+                    .collect(),
+                new_rows: new_rows.map(|(checkpoint, name)| source(&checkpoint, name)),
             },
         }
     }
@@ -106,12 +116,30 @@ pub struct Comparison {
     new_rows_equal: bool,
 }
 
-/// Writes the merged form of one shard of `base` to `path`; returns the size of the file in bytes.
+/// What became of the update D of one merged tensor.
+#[pyclass(frozen, get_all, module = "lora_compress._native")]
+pub struct MergedTensor {
+    /// Its name.
+    name: String,
+    /// Elements that D would change.
+    touched: u64,
+    /// Those that rounding left as they were.
+    lost: u64,
+    /// ⟨D, D⟩.
+    asked: f64,
+    /// ⟨merged − base, D⟩.
+    got: f64,
+}
+
+/// Writes the merged form of one shard of `base` to `path`; returns the size of the file in bytes, and what became of every update
+/// that is summed.
 ///
-/// Tensors that `updates` does not name are copied byte for byte. `progress(bytes)` is called as bytes are written; what it
-/// raises ends the merge and leaves nothing behind.
+/// Tensors that `updates` does not name are copied byte for byte, or rounded once to `dtype` where that is given. With a seed,
+/// `stochastic`, sums are rounded to BF16 and F16 at random. `progress(bytes)` is called as bytes are written; what it raises ends the
+/// merge and leaves nothing behind.
 #[pyfunction]
-#[pyo3(signature = (base, shard, updates, path, progress=None))]
+#[pyo3(signature = (base, shard, updates, path, progress=None, *, dtype=None, stochastic=None))]
+#[allow(clippy::too_many_arguments)] // They are Python's, and have names there.
 pub fn merge_shard(
     py: Python<'_>,
     base: &Checkpoint,
@@ -119,9 +147,22 @@ pub fn merge_shard(
     updates: BTreeMap<String, Update>,
     path: PathBuf,
     progress: Option<Py<PyAny>>,
-) -> PyResult<u64> {
+    dtype: Option<&str>,
+    stochastic: Option<u64>,
+) -> PyResult<(u64, Vec<MergedTensor>)> {
     let updates: core::Updates = updates.into_iter().map(|(name, update)| (name, update.inner)).collect();
-    gate::run_reporting(py, progress, |report| core::merge_shard(&base.inner, shard, &updates, &path, report))
+    let storing = core::Storing {
+        dtype: dtype.map(parse_dtype).transpose()?,
+        rounding: stochastic.map_or(core::Rounding::Nearest, core::Rounding::Stochastic),
+    };
+    let merged = gate::run_reporting(py, progress, |report| {
+        core::merge_shard(&base.inner, shard, &updates, &storing, &path, report)
+    })?;
+    let tensors = merged.tensors.into_iter().map(|tensor| {
+        let core::MergedTensor { name, touched, lost, asked, got } = tensor;
+        MergedTensor { name, touched, lost, asked, got }
+    });
+    Ok((merged.nbytes, tensors.collect()))
 }
 
 /// Compares base + update with tuned for one tensor, without writing anything.

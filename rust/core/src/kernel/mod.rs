@@ -16,11 +16,13 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod apply;
 mod dispatch;
 mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod in_bf16;
 mod in_f32;
+mod low_rank;
 mod pack;
 #[cfg(test)]
 mod tests;
@@ -31,8 +33,11 @@ mod x86;
 
 use std::sync::OnceLock;
 
+pub use apply::Applied;
+pub(crate) use apply::apply_bf16;
 pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatMut, MatRef};
+pub(crate) use low_rank::Right;
 pub(crate) use pack::{Packing, Rounding, pack_rows, subtract_and_pack};
 
 use crate::error::{Error, Result};
