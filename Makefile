@@ -110,8 +110,8 @@ $(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
 	$(TORCH_ENV)/bin/pip install --quiet gguf sentencepiece
 	touch $@
 
-.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank
-bench: bench-kernels bench-matrices bench-commands bench-rank  ## Measure kernels, matrices, commands and ranks against peers and limits
+.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize
+bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize  ## Measure everything against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
 	$(BENCH)/kernels.py --json $(BENCH_JSON)
 bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
@@ -123,6 +123,13 @@ bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL
 	$(BENCH)/ranks/ranks.py --cache $(CACHE) --json $(BENCH_JSON)
 	$(BENCH)/ranks/scales.py --cache $(CACHE) --json $(BENCH_JSON)
 	$(BENCH)/planning.py --work $(CACHE)/bench --json $(BENCH_JSON)
+
+PLUGINS := python:$(subst $() ,:,$(patsubst %,%src,$(wildcard plugins/*/)))
+bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decomposition at equal bytes on real fine-tunes, and how long each takes (an hour)
+	PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks/three_factors.py --cache $(CACHE) --work $(CACHE)/bench --json $(BENCH_JSON)
+
+bench-resize: build $(TORCH_ENV)/bench-ready  ## Resizing an adapter of an 8B model, against the dense way
+	$(BENCH)/resizing.py --work $(CACHE) --json $(BENCH_JSON)
 
 .PHONY: format
 format: .venv/dev  ## Format Rust and Python

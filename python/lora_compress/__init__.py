@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_compress.ranks.choice import RankChoice
     from lora_compress.ranks.plan import Plan
     from lora_compress.verbs.changes import Options
+    from lora_compress.verbs.combine import combine, resize
     from lora_compress.verbs.compare import compare
     from lora_compress.verbs.extract import extract
     from lora_compress.verbs.inspect import inspect
@@ -57,12 +58,14 @@ _HOME = {
     "TensorError": "errors",
     "__version__": "_native",
     "across_depth": "decompositions.groups",
+    "combine": "verbs.combine",
     "compare": "verbs.compare",
     "extract": "verbs.extract",
     "hookimpl": "hookspecs",
     "inspect": "verbs.inspect",
     "merge": "verbs.merge",
     "plan": "verbs.plan",
+    "resize": "verbs.combine",
     "same_input": "decompositions.groups",
     "set_threads": "_native",
     "verify": "verbs.verify",
@@ -87,12 +90,14 @@ __all__ = [
     "TensorError",
     "__version__",
     "across_depth",
+    "combine",
     "compare",
     "extract",
     "hookimpl",
     "inspect",
     "merge",
     "plan",
+    "resize",
     "same_input",
     "set_threads",
     "verify",

@@ -24,6 +24,8 @@ COMMANDS = {
     "plan": ("plan", "Say which ranks a fine-tune needs, what they cost and what they keep."),
     "extract": ("extract", "Extract an adapter from a full fine-tune."),
     "merge": ("merge", "Merge adapters into a base model."),
+    "resize": ("resize", "Give an adapter other ranks."),
+    "combine": ("combine", "Add adapters into one."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
     "compare": ("compare", "Compare decompositions at equal bytes."),
     "report": ("report", "Write a plan as an HTML page."),

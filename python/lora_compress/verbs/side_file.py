@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_compress._native import Checkpoint, Writer
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
@@ -45,6 +47,41 @@ def write_exact(adapter: Path, tuned: Checkpoint, pairs: Sequence[Pair]) -> None
         if pair.new_rows:
             writer.append_stored(ROWS + pair.name, tuned, pair.name, rows or 0)
     writer.finish()
+
+
+def write_stored(
+    adapter: Path,
+    base: Checkpoint,
+    replaced: Mapping[str, Sequence[tuple[Checkpoint, str, float]]],
+    rows: Mapping[str, Stored],
+) -> None:
+    """Store tensors that adapters replace: one of weight 1 as it is, else base + Σ weight·(theirs − base), in the
+    base's dtype; and the rows that are appended.
+    """
+    if not replaced and not rows:
+        return
+    (adapter / FOLDER).mkdir(exist_ok=True)
+    expected = []
+    for name, sources in replaced.items():
+        is_copy = _is_copy(sources)
+        dtype = sources[0][0].info(sources[0][1]).dtype if is_copy else base.info(name).dtype
+        expected.append((WHOLE + name, dtype, base.info(name).shape))
+    expected += [(ROWS + name, held.info(key).dtype, held.info(key).shape) for name, (held, key) in rows.items()]
+    writer = Writer(adapter / FOLDER / EXACT, expected)
+    for name, sources in sorted(replaced.items()):
+        if _is_copy(sources):
+            writer.append_stored(WHOLE + name, sources[0][0], sources[0][1])
+            continue
+        values = base.read(name).astype(np.float64)
+        change = sum(weight * (held.read(key).astype(np.float64) - values) for held, key, weight in sources)
+        writer.append(WHOLE + name, base.info(name).dtype, (values + change).astype(np.float32))
+    for name, (held, key) in sorted(rows.items()):
+        writer.append_stored(ROWS + name, held, key)
+    writer.finish()
+
+
+def _is_copy(sources: Sequence[tuple[Checkpoint, str, float]]) -> bool:
+    return len(sources) == 1 and sources[0][2] == 1
 
 
 def write_manifest(adapter: Path, manifest: Mapping[str, Any]) -> None:

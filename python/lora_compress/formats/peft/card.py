@@ -23,6 +23,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "- lora-compress",
         "---",
     ]
+    if "made_from" in manifest:
+        return "\n".join([*front, "", *_combined(manifest), ""])
     totals = manifest["totals"]
     body = [
         f"# LoRA adapter of `{manifest['tuned']}`",
@@ -57,3 +59,21 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         if tensor["treatment"] == "low-rank"
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _combined(manifest: Mapping[str, Any]) -> list[str]:
+    """The body of a card of an adapter that was made from others."""
+    sources = zip(manifest["made_from"], manifest["weights"], strict=True)
+    return [
+        "# LoRA adapter made from others",
+        "",
+        f"For the base `{manifest['base']}`, by [lora-compress](https://pypi.org/project/lora-compress/) "
+        f"{manifest['version']}:",
+        "",
+        f"    {manifest['command']}",
+        "",
+        *(f"- `{path}`, weight {weight:g}" for path, weight in sources),
+        "",
+        f"It leaves a relative error ‖ΔW − BA‖ / ‖ΔW‖ of {manifest['combined_error']:.4f} in their sum. The scale is "
+        "folded into the factors (alpha = r).",
+    ]
