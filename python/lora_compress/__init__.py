@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_compress.ranks.choice import RankChoice
     from lora_compress.ranks.plan import Plan
     from lora_compress.verbs.changes import Options
+    from lora_compress.verbs.check import check
     from lora_compress.verbs.combine import combine, resize
     from lora_compress.verbs.compare import compare
     from lora_compress.verbs.extract import extract
@@ -58,6 +59,7 @@ _HOME = {
     "TensorError": "errors",
     "__version__": "_native",
     "across_depth": "decompositions.groups",
+    "check": "verbs.check",
     "combine": "verbs.combine",
     "compare": "verbs.compare",
     "extract": "verbs.extract",
@@ -90,6 +92,7 @@ __all__ = [
     "TensorError",
     "__version__",
     "across_depth",
+    "check",
     "combine",
     "compare",
     "extract",

@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": ("merge", "Merge adapters into a base model."),
     "resize": ("resize", "Give an adapter other ranks."),
     "combine": ("combine", "Add adapters into one."),
+    "check": ("check", "Say what a server would refuse or misread of an adapter."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
     "compare": ("compare", "Compare decompositions at equal bytes."),
     "report": ("report", "Write a plan as an HTML page."),

@@ -20,7 +20,7 @@ from lora_compress import plugins
 from lora_compress._native import Spectrum, __version__, fingerprint, round_to
 from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, stores_factors
 from lora_compress.errors import AdapterError, SelectionError
-from lora_compress.model import Model
+from lora_compress.model import Model, last_component
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
 from lora_compress.ranks.recompress import Product, decompose
@@ -30,6 +30,7 @@ from lora_compress.verbs.changes import DTYPES, Options
 from lora_compress.verbs.merge import check_made_for, read_adapter
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
+from lora_compress.verbs.selection import matching
 
 if TYPE_CHECKING:
     from lora_compress.adapter import AdapterWriter, Float32Matrix
@@ -75,6 +76,7 @@ def combine(
     out: str | Path,
     *,
     weights: Sequence[float] = (),
+    exclude: Sequence[str] = (),
     rank: int | str | None = None,
     budget: int | str | None = None,
     error: float | None = None,
@@ -104,6 +106,7 @@ def combine(
     adapters: directories of any registered format.
     out: directory to create.
     weights: one for each adapter; 1 for all when absent.
+    exclude: regular expressions; tensors in whose names one is found keep the base's values.
     rank, budget, error, ranks_allowed, max_rank, layout: as for `extract`; errors are relative to the sum.
     rank_weights: as `weights` of `extract`.
     dtype, format: of the result; a format of pairs.
@@ -136,14 +139,20 @@ def combine(
     if not any_base:
         check_made_for(model, parts)
     tied = model.tied_embedding() if tied_head else None
-    names = sorted({name for part in parts for name in (*part.low_rank, *part.computed)})
+    left_out = matching("--exclude", exclude, sorted({name for part in parts for name in part.tensors()}))
+    names = sorted({name for part in parts for name in (*part.low_rank, *part.computed)} - left_out)
+    zeros = _same_kind(model, names, left_out) if choice.layout == "uniform" else []
     progress = progress or Silent()
     progress.begin("decomposing", 0, len(names))
     products: dict[str, Product] = {}
     for name, product in ordered_map(lambda name: decompose(*_summed(parts, weights, name)), names, lambda _: 1 << 20):
         products[name] = product
         progress.advance(0, 1, name)
-    exact = _whole(parts, weights)
+    for name in zeros:
+        rows, cols = model.checkpoint.info(name).shape
+        products[name] = decompose(np.zeros((rows, 0), np.float32), np.zeros((0, cols), np.float32))
+    names = sorted(products)
+    exact = _whole(parts, weights, left_out)
     ranks = _ranks(model, products, exact, choice if asked else None, dtype, tied, str(base))
     plan = AdapterPlan(
         base=model,
@@ -185,7 +194,10 @@ def combine(
         math.sqrt(math.fsum(lost) / total) if total else 0.0,
         adapter_bytes,
         time.perf_counter() - started,
-        tuple(warning for part in parts for warning in part.warnings),
+        (
+            *(warning for part in parts for warning in part.warnings),
+            *(f"`{name}` is left out: it keeps the base's values" for name in sorted(left_out)),
+        ),
     )
 
 
@@ -208,14 +220,32 @@ def _summed(parts: Sequence[Adapter], weights: Sequence[float], name: str) -> tu
 Whole = dict[str, list[tuple[Any, str, float]]]
 
 
-def _whole(parts: Sequence[Adapter], weights: Sequence[float]) -> tuple[Whole, dict[str, tuple[Any, str]]]:
+def _same_kind(model: Model, names: Sequence[str], left_out: set[str]) -> list[str]:
+    """The base's matrices that are called as those of an adapter but have no factors: a uniform layout gives them
+    zeros, as some servers drop a whole kind of module when one layer lacks it.
+    """
+    kinds = {last_component(name) for name in names}
+    others = (tensor for tensor in model.checkpoint.tensors() if tensor.name not in {*names, *left_out})
+    return [
+        tensor.name
+        for tensor in others
+        if len(tensor.shape) == 2 and 0 not in tensor.shape and last_component(tensor.name) in kinds
+    ]
+
+
+def _whole(
+    parts: Sequence[Adapter], weights: Sequence[float], left_out: set[str]
+) -> tuple[Whole, dict[str, tuple[Any, str]]]:
     """What adapters store whole, by tensor, with weights; and the rows that one of them appends."""
     replaced: Whole = {}
     rows: dict[str, tuple[Any, str]] = {}
     for part, weight in zip(parts, weights, strict=True):
         for name, (checkpoint, key) in part.replacements.items():
-            replaced.setdefault(name, []).append((checkpoint, key, weight))
+            if name not in left_out:
+                replaced.setdefault(name, []).append((checkpoint, key, weight))
         for name, stored in part.new_rows.items():
+            if name in left_out:
+                continue
             if name in rows:
                 raise AdapterError(f"two of the adapters append rows to `{name}`")
             rows[name] = stored
@@ -240,12 +270,12 @@ def _ranks(
     for name in sorted({*products, *sizes}):
         info, fixed = model.checkpoint.info(name), sizes.get(name, 0)
         shape, energy, unit, spectrum = tuple(info.shape), None, 0, None
-        if name in products and products[name].sigma.size:
+        if name in products and (products[name].sigma.size or choice.layout == "uniform"):
             sigma = np.zeros(min(shape))
             sigma[: products[name].sigma.size] = products[name].sigma
             energy = float(np.sum(sigma**2))
             unit = sum(shape) * DTYPES[dtype] * (2 if name == tied else 1)
-            spectrum = Spectrum((shape[0], shape[1]), sigma.tolist(), energy)
+            spectrum = Spectrum((shape[0], shape[1]), sigma.tolist(), energy) if energy else None
         treatment = "low-rank" if name in products else "exact"
         tensors.append(
             TensorPlan(name, info.dtype, shape, treatment, energy, None, fixed=fixed, unit=unit, spectrum=spectrum)
