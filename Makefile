@@ -19,7 +19,7 @@ help:  ## List the targets
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or later is needed' >&2; exit 1; }
 	$(PYTHON) -m venv .venv || { echo 'the venv module is missing (Debian: apt-get install python3-venv)' >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet 'maturin>=1.9.4,<2' click numpy opt_einsum pluggy rich
+	$(BIN)/pip install --quiet 'maturin>=1.9.4,<2' click numpy opt_einsum pluggy rich threadpoolctl
 	touch $@
 
 $(NATIVE): .venv/ready $(RUST_SOURCES)
@@ -38,7 +38,7 @@ $(TORCH_ENV)/ready-$(TORCH_KEY): pyproject.toml
 	mkdir -p $(CACHE)
 	flock $(CACHE)/torch-env.lock bash -c '$(PYTHON) -m venv $(TORCH_ENV) && \
 	  $(TORCH_ENV)/bin/pip install --quiet --upgrade "pip>=25.1" && \
-	  $(TORCH_ENV)/bin/pip install --quiet --group test --group torch click numpy opt_einsum pluggy rich && touch $@'
+	  $(TORCH_ENV)/bin/pip install --quiet --group test --group torch click numpy opt_einsum pluggy rich threadpoolctl && touch $@'
 
 .PHONY: build
 build: $(NATIVE)  ## Build the compiled core into a virtual environment (.venv)

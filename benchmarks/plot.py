@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#999999")
 WIDTH, HEIGHT, LEFT, TOP = 400, 260, 62, 30
 GAP = 24
-# More than this much worse than the best value of a panel is cut off: the lines that matter would lie on each other.
-RANGE = 300.0
-
 Panel = tuple[str, Mapping[str, Sequence[tuple[float, float]]]]
 
 
-def line_chart(panels: Sequence[Panel], x_title: str, y_title: str, columns: int = 2) -> str:
-    """An SVG document: a panel for each title, a line for each name, one legend for all."""
+def line_chart(panels: Sequence[Panel], x_title: str, y_title: str, most: float, columns: int = 2) -> str:
+    """An SVG document: a panel for each title, a line for each name, one legend for all. Values above `most` are drawn
+    at the top.
+    """
     names = list(dict.fromkeys(name for _, lines in panels for name in lines))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(sorted(names, key=_reference_first))}
     rows = -(-len(panels) // columns)
@@ -31,7 +30,7 @@ def line_chart(panels: Sequence[Panel], x_title: str, y_title: str, columns: int
     for number, panel in enumerate(panels):
         x = (number % columns) * (WIDTH + LEFT + GAP) + LEFT
         y = (number // columns) * (HEIGHT + TOP + 2 * GAP) + TOP
-        parts += _panel(panel, x, y, colours, x_title, y_title)
+        parts += _panel(panel, x, y, colours, x_title, y_title, most)
     for number, (name, colour) in enumerate(colours.items()):
         x, y = LEFT + (number % 4) * (width - LEFT) // 4, rows * (HEIGHT + TOP + 2 * GAP) + 22 * (number // 4) + 16
         parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="2"/>')
@@ -43,12 +42,14 @@ def _reference_first(name: str) -> tuple[bool, str]:
     return name != "ab", name
 
 
-def _panel(panel: Panel, x: int, y: int, colours: Mapping[str, str], x_title: str, y_title: str) -> list[str]:
+def _panel(
+    panel: Panel, x: int, y: int, colours: Mapping[str, str], x_title: str, y_title: str, most: float
+) -> list[str]:
     title, lines = panel
     points = [point for line in lines.values() for point in line]
     low_x, high_x = min(p[0] for p in points), max(p[0] for p in points)
     low_y = min(p[1] for p in points)
-    high_y = min(max(p[1] for p in points), low_y * RANGE)
+    high_y = min(max(p[1] for p in points), most)
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         across = math.log(point[0] / low_x) / math.log(high_x / low_x)
@@ -78,8 +79,8 @@ def _panel(panel: Panel, x: int, y: int, colours: Mapping[str, str], x_title: st
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten; powers alone where those would be many."""
-    steps = (1, 2, 5) if high / low < 100 else (1,)
+    """Powers of ten, and round numbers between them where few of those fit."""
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 100 else (1,)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
     return [value for value in values if low <= value <= high]

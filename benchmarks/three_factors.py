@@ -171,17 +171,21 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def draw(folder: Path) -> None:
-    """The picture of docs/three-factors.md: KL against bytes for every pair that has been measured."""
+    """The picture of docs/three-factors.md: KL by that of `ab` at every size, for every pair that has been measured."""
     panels = []
     for name in PAIRS:
         path = folder / f"compare-{name}.json"
         if path.exists():
             lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for row in json.loads(path.read_text())["rows"]:
+            rows = json.loads(path.read_text())["rows"]
+            pairs = {row["size"]: row["kl"] for row in rows if row["decomposition"] == "ab"}
+            for row in rows:
                 if row["error"] is not None:
-                    lines[row["decomposition"]].append((row["bytes"], row["kl"]))
+                    lines[row["decomposition"]].append((row["allowed_bytes"], row["kl"] / pairs[row["size"]]))
             panels.append((name, {key: sorted(points) for key, points in lines.items()}))
-    (folder.parent / "three-factors.svg").write_text(line_chart(panels, "bytes of the adapter", "KL(tuned ‖ merged)"))
+    (folder.parent / "three-factors.svg").write_text(
+        line_chart(panels, "bytes allowed", "KL, relative to ab", most=3.0)
+    )
 
 
 if __name__ == "__main__":

@@ -125,9 +125,15 @@ def test_tied_heads_and_new_rows_are_kept(
     assert "base_model.model.lm_head.lora_A.weight" in written
     lora_compress.merge(pair[0], tmp_path / "small", tmp_path / "merged")
     assert (load(tmp_path / "merged")["model.embed_tokens.weight"][40:] == 1).all()
-    other = adapter(pair, tmp_path / "other", 2)
-    with pytest.raises(AdapterError, match="append rows"):
-        lora_compress.combine(pair[0], [large, other], tmp_path / "no")
+    # The same rows twice are the rows.
+    lora_compress.combine(pair[0], [large, adapter(pair, tmp_path / "other", 2)], tmp_path / "sum")
+    grown = np.vstack([tuned["model.embed_tokens.weight"], np.zeros((3, 24), BF16)])
+    save(tmp_path / "third", tuned | {"model.embed_tokens.weight": grown}, config)
+    third = adapter((pair[0], tmp_path / "third"), tmp_path / "third-ad", 2)
+    with pytest.raises(AdapterError, match="append different rows"):
+        lora_compress.combine(pair[0], [large, third], tmp_path / "no")
+    with pytest.raises(AdapterError, match="append different rows"):
+        lora_compress.merge(pair[0], [large, third], tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 

@@ -73,6 +73,8 @@ def test_decompositions_that_share_conform(decomposition: Decomposition) -> None
         ("layer out r, layer r in", 1, "nothing is shared"),
         ("out r, r in -> layer in", 16, "no factor has the index"),
         (", ".join(["out in"] * 17), 129, "at most 16"),
+        ("out in " + " ".join(f"a{number}" for number in range(40)), 118, "at most 32 indices"),
+        ("out in " + " ".join(f"a{number}" for number in range(400)), 1001, "at most 1000 characters"),
     ],
 )
 def test_errors_of_layers_point_at_the_character(contraction: str, position: int, problem: str) -> None:
@@ -213,6 +215,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     ("change", "message"),
     [
         (lambda config, _: config.update(schema_version=2), "schema version 2"),
+        (lambda config, _: config.update(schema_version=True), "schema version True"),
+        (lambda config, _: config["groups"][0].update(tensors=["\ud800"]), "no list of tensors"),
+        (lambda config, tensors: tensors.update({f"0:{Q}": np.zeros((24, 3), np.int64)}), "is I64, no float"),
         (lambda config, _: config.update(groups=None), "no list of groups"),
         (lambda config, _: config["groups"].insert(0, 3), "group 0 is no object"),
         (lambda config, _: config["groups"][0].update(tensors=[]), "no list of tensors"),
@@ -307,6 +312,103 @@ def test_best_leaves_out_what_fails(pair: Pair, tmp_path: Path) -> None:
         assert {tensor.decomposition for tensor in result.tensors if tensor.rank} == {"ab"}
         with pytest.raises(PluginError, match="means all"), loaded(module(Decomposition("best", "out r, r in"))):
             pass
+
+
+def plain(change: Callable[[Any, Any, Any], Any]) -> Decomposition:
+    """`ab`, but for what `change` does to U, σ and Vᵀ of four directions more than were asked for."""
+
+    def fit(delta: Delta, rank: int, *, seed: int, tolerance: float) -> Any:
+        return change(*delta.truncated_svd(rank + 4, seed=seed, tolerance=tolerance))
+
+    return Decomposition("plain", "out r, r in", fit=fit)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u, s, vt: (u, vt), r"`r` is 6, but 2 at most at the rank 2"),
+        (lambda u, s, vt: ((u * s)[:, :2], vt[:2]), "factor 1 is float64: factors are float32"),
+        (lambda u, s, vt: (u[:, :2] * np.float32(np.nan), vt[:2]), "factor 1 holds NaN"),
+        (lambda u, s, vt: ([[1.0]], vt[:2]), "factor 1 is list"),
+        (lambda u, s, vt: None, "a fit returns a list of factors, not NoneType"),
+        (lambda u, s, vt: (u[:5, :2], vt[:2]), "make a .5, "),
+        (lambda u, s, vt: (u[:, :2],), "1 factors for the 2"),
+    ],
+)
+@pytest.mark.parametrize("format_", ["peft", "factors"])
+def test_fits_that_break_their_promise_are_named(
+    change: Any, message: str, format_: str, pair: Pair, tmp_path: Path
+) -> None:
+    with loaded(module(plain(change))), pytest.raises(PluginError, match=message) as caught:
+        lora_compress.extract(*pair, tmp_path / "out", rank=2, decomposition="plain", format=format_)
+    assert "`ours` failed in the fit of `plain`" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fit_without_directions_stores_none(pair: Pair, tmp_path: Path) -> None:
+    nothing = plain(lambda u, s, vt: (u[:, :0], vt[:0]))
+    for format_ in ("peft", "factors"):
+        with loaded(module(nothing)):
+            result = lora_compress.extract(*pair, tmp_path / format_, rank=2, decomposition="plain", format=format_)
+            assert lora_compress.verify(*pair, tmp_path / format_).ok
+        assert all(tensor.rank == 0 for tensor in result.tensors if format_ == "peft")
+
+
+@pytest.mark.parametrize("fault", ["group", "axes", "overflow"])
+def test_one_faulty_plugin_spoils_neither_best_nor_compare(fault: str, pair: Pair, tmp_path: Path) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    failing: Any = fails
+
+    def large(delta: Delta, rank: int, *, seed: int, tolerance: float) -> Any:
+        u, sigma, vt = delta.truncated_svd(rank, seed=seed, tolerance=tolerance)
+        return u * np.float32(1e8), (sigma[:, None] * 1e-8).astype(np.float32) * vt
+
+    faulty = {
+        "group": Decomposition("faulty", "layer out r, r in", group=failing),
+        "axes": Decomposition("faulty", "out r, r in", axes=failing),
+        "overflow": Decomposition("faulty", "out r, r in", fit=large),
+    }[fault]
+    with loaded(module(faulty)):
+        result = lora_compress.extract(*pair, tmp_path / "out", rank=2, decomposition="best", dtype="F16")
+        assert any("`faulty` was left out" in warning for warning in result.warnings)
+        rows = lora_compress.compare(*pair, sizes=[2], dtype="F16").rows
+    assert next(row for row in rows if row.decomposition == "faulty").problem
+    assert next(row for row in rows if row.decomposition == "best").error
+
+
+def test_best_of_pairs_is_the_pair(pair: Pair, tmp_path: Path) -> None:
+    again = Decomposition("again", "out r, r in", fit=lora_compress.plugins.load().decompositions["ab"].fit)
+    with loaded(module(again)):
+        result = lora_compress.extract(*pair, tmp_path / "out", rank=2, decomposition="best", format="peft")
+        assert {tensor.decomposition for tensor in result.tensors if tensor.rank} == {"ab"}
+        plan = lora_compress.plan(*pair, rank=2)
+        with pytest.raises(lora_compress.PlanError, match="plan with --format factors"):
+            lora_compress.extract(*pair, tmp_path / "other", plan=plan, decomposition="best")
+
+
+def test_large_groups_make_their_deltas_again(
+    pair: Pair, tmp_path: Path, ours: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_compress.verbs import decompose
+
+    kept = lora_compress.extract(*pair, tmp_path / "kept", rank=3, decomposition="shared", format="factors")
+    made: list[str] = []
+
+    def counting(*given: Any) -> Delta:
+        made.append(given[2])
+        return Delta(*given)
+
+    monkeypatch.setattr(decompose, "IN_FLIGHT", 0)
+    monkeypatch.setattr(decompose, "Delta", counting)
+    again = lora_compress.extract(*pair, tmp_path / "again", rank=3, decomposition="shared", format="factors")
+    assert again.error == kept.error
+    name = "adapter_factors.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+    # One that is alone is made once, however large.
+    assert made.count("lm_head.weight") == 1
+    assert made.count(Q) > 1
 
 
 def test_chosen_covers_every_tensor_once() -> None:

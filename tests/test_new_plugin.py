@@ -105,7 +105,7 @@ def test_names_of_installed_plugins_are_taken(monkeypatch: pytest.MonkeyPatch) -
     host = plugins.Plugins(installed=False, extra=(("theirs", plugin),))
     monkeypatch.setattr(plugins, "load", lambda: host)
     with pytest.raises(PluginError, match="the decomposition `taken` is there already, from `theirs`"):
-        new_plugin("taken", force=True)
+        new_plugin("taken")
 
 
 def test_a_folder_of_that_name_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,15 +114,12 @@ def test_a_folder_of_that_name_hides_nothing(tmp_path: Path, monkeypatch: pytest
     assert new_plugin("factors").out == Path("factors")
 
 
-def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
+def test_nothing_is_ever_replaced(tmp_path: Path) -> None:
     (tmp_path / "factors").mkdir()
     (tmp_path / "factors" / "mine.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="`factors` exists and is not empty"):
         new_plugin("factors")
     assert [path.name for path in (tmp_path / "factors").iterdir()] == ["mine.txt"]
-    new_plugin("factors", force=True)
-    assert not (tmp_path / "factors" / "mine.txt").exists()
-    assert (tmp_path / "factors" / "pyproject.toml").exists()
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

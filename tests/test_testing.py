@@ -90,6 +90,10 @@ def no_size(rows: int, cols: int, rank: int) -> dict[str, int]:
     return {}
 
 
+def falling(rows: int, cols: int, rank: int) -> dict[str, int]:
+    return {"out": rows, "in": cols, "r": max(3 - rank, 1)}
+
+
 def lora(**given: Any) -> Decomposition:
     return Decomposition("broken", "out r, r in", **{"fit": best, **given})
 
@@ -106,8 +110,8 @@ def test_what_conforms_passes() -> None:
 BROKEN = {
     "the same delta, rank and seed give other factors": lora(fit=another_each_time),
     "factors are float32": lora(fit=in_float64),
-    "more parameters than promised": lora(fit=one_rank_more),
-    "factors are finite": lora(fit=not_a_number),
+    "`r` is 2, but 1 at most at the rank 1": lora(fit=one_rank_more),
+    "factor 1 holds NaN": lora(fit=not_a_number),
     "the factors are farther from Δ than nothing is": lora(fit=overshooting),
     "errors rise with the rank": lora(fit=worse_with_rank),
     "the factors make a (4, 6) matrix, the delta is (6, 4)": lora(fit=transposed),
@@ -120,7 +124,7 @@ BROKEN = {
     "Seed must be between 0 and 2**32 - 1": lora(fit=small_seeds),
     "a rank without parameters": lora(ladder=lambda rows, cols: [0, 1]),
     "the axes of `broken` give no size of `r`": lora(axes=no_size),
-    "parameters fall while ranks rise": lora(ladder=lambda rows, cols: [2, 1]),
+    "parameters fall while ranks rise": lora(axes=falling),
     "there is no rank for matrices of shape (6, 4)": lora(ladder=lambda rows, cols: []),
     "cannot share a factor": sharing(lambda layers: [[layer.name for layer in layers]]),
     "nowhere": sharing(lambda layers: [["nowhere"]]),

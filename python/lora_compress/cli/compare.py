@@ -66,7 +66,8 @@ def command(
     """Compare decompositions at equal bytes: what each keeps of TUNED, and how long it takes.
 
     Every installed decomposition extracts an adapter of its own factors at each size. A layer, or a group of layers
-    that share factors, may take as many bytes as pairs (B, A) would.
+    that share factors, may take as many bytes as pairs (B, A) would. Errors are ‖ΔW − stored‖ / ‖ΔW‖ over all tensors;
+    "to ab" is an error by that of ab at the same size.
     """
     from lora_compress.ranks.file import write_whole
     from lora_compress.verbs import output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -44,12 +45,19 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
     if result.kind == "adapter":
         config = result.config
         pattern = config.get("rank_pattern")
-        facts += [
-            ("base", str(config.get("base_model_name_or_path"))),
-            ("rank", f"{config.get('r')} ({len(pattern) if isinstance(pattern, dict) else 0} modules differ)"),
-            ("alpha", str(config.get("lora_alpha"))),
-        ]
-        if result.manifest:
+        facts.append(("base", str(config.get("base_model_name_or_path"))))
+        if "groups" in config:
+            groups = [group for group in config["groups"] if isinstance(group, dict)]
+            counts = Counter((str(group.get("decomposition")), str(group.get("contraction"))) for group in groups)
+            facts += [
+                (name, f"{count} groups, ΔW[out, in] ← {contraction}") for (name, contraction), count in counts.items()
+            ]
+        else:
+            facts += [
+                ("rank", f"{config.get('r')} ({len(pattern) if isinstance(pattern, dict) else 0} modules differ)"),
+                ("alpha", str(config.get("lora_alpha"))),
+            ]
+        if "totals" in result.manifest:
             totals = result.manifest.get("totals", {})
             facts.append(("error", f"{totals.get('error', 0.0):.4f}, made from {result.manifest.get('tuned')}"))
     else:
@@ -57,4 +65,4 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
         if result.tied_embedding:
             facts.append(("tied head", f"shares {result.tied_embedding}"))
     for name, value in facts:
-        click.echo(f"{name:<12}{value}")
+        click.echo(f"{name:<12}{value}" if len(name) < 12 else f"{name} {value}")

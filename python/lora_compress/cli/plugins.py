@@ -60,9 +60,8 @@ Examples:
 )
 @click.argument("name")
 @click.option("-o", "--out", type=PATH, metavar="DIR", help="Directory to create.  [default: NAME]")
-@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @common_options
-def new(name: str, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+def new(name: str, out: Path | None, as_json: bool, quiet: bool) -> None:
     """Start a plugin: a package with a working decomposition called NAME.
 
     It can be installed at once, and has tests that pass. NAME is a-z, 0-9 and inner hyphens; the module has underscores
@@ -72,7 +71,7 @@ def new(name: str, out: Path | None, force: bool, as_json: bool, quiet: bool) ->
 
     from lora_compress.verbs.new_plugin import new_plugin
 
-    made = new_plugin(name, out, force=force)
+    made = new_plugin(name, out)
     commands = [shlex.join(["pip", "install", "-e", f"{made.out}[test]"]), shlex.join(["pytest", str(made.out)])]
     if as_json:
         print_json(

@@ -174,7 +174,7 @@ class Decomposition:
     def ranks(self, shapes: Sequence[Shape]) -> Sequence[int]:
         """The ranks that a matrix, or a group of them, can have, ascending."""
         rows, cols = sum(shape[0] for shape in shapes), sum(shape[1] for shape in shapes)
-        return range(1, min(rows, cols) + 1) if self.ladder is None else self.ladder(rows, cols)
+        return range(1, min(rows, cols) + 1) if self.ladder is None else sorted(map(int, self.ladder(rows, cols)))
 
     def lowered_rank(self, rows: int, cols: int, rank: int) -> int:
         """The rank of `lower` for factors of a (rows, cols) delta at `rank`."""
@@ -196,17 +196,20 @@ class Decomposition:
         """Factors of every delta of a group at a rank, by `fit`, or by alternating least squares. Shared ones are the
         same array for all.
 
-        Raises `ValueError` for factors that do not fit the contraction, the deltas or each other.
+        Raises `ValueError` for factors that are not finite float32 arrays, do not fit the contraction, the deltas or
+        each other, or have larger bonds than the rank allows.
         """
         if self.fit is None:
             sizes = [self.sizes(*delta.shape, rank) for delta in deltas]
             return als.fit(self.network, sizes, deltas, seed=seed, tolerance=tolerance)
-        found: Sequence[Any] = self.fit(
+        found: Any = self.fit(
             deltas if self.network.is_grouped else deltas[0],  # type: ignore[arg-type]
             rank,
             seed=seed,
             tolerance=tolerance,
         )
+        if not isinstance(found, Sequence):
+            raise ValueError(f"a fit returns a list of factors, not {type(found).__name__}")
         if len(found) != len(self.network.own):
             raise ValueError(f"{len(found)} factors for the {len(self.network.own)} of `{self.contraction}`")
         columns = []
@@ -217,12 +220,25 @@ class Decomposition:
             columns.append(column)
         layers = [list(factors) for factors in zip(*columns, strict=True)]
         for factors, delta in zip(layers, deltas, strict=True):
-            found_sizes = self.network.sizes(factors)
-            sides = self.network.rows, self.network.cols
-            shape = tuple(math.prod(found_sizes[index] for index in side) for side in sides)
-            if shape != delta.shape:
-                raise ValueError(f"the factors make a {shape} matrix, the delta is {delta.shape}")
+            self._check(factors, delta.shape, rank)
         return layers
+
+    def _check(self, factors: Sequence[Any], shape: Shape, rank: int) -> None:
+        """Raise `ValueError` unless these are factors of a matrix of that shape at that rank."""
+        for number, factor in enumerate(factors):
+            if not isinstance(factor, np.ndarray) or factor.dtype != np.float32:
+                kind = factor.dtype if isinstance(factor, np.ndarray) else type(factor).__name__
+                raise ValueError(f"factor {number + 1} is {kind}: factors are float32 arrays")
+            if not np.isfinite(factor).all():
+                raise ValueError(f"factor {number + 1} holds NaN or an infinity")
+        found, allowed = self.network.sizes(factors), self.sizes(*shape, rank)
+        sides = self.network.rows, self.network.cols
+        made = tuple(math.prod(found[index] for index in side) for side in sides)
+        if made != shape:
+            raise ValueError(f"the factors make a {made} matrix, the delta is {shape}")
+        for index, size in found.items():
+            if size > allowed[index]:
+                raise ValueError(f"`{index}` is {size}, but {allowed[index]} at most at the rank {rank}")
 
     def improve(
         self,

@@ -31,6 +31,11 @@ WORD = re.compile(r"\s*(?:(?P<index>[A-Za-z][A-Za-z0-9_]*)|(?P<mark>,|\(|\)|->))
 OPTIMAL = 6
 # And more than this are not read: the ways to cut a network are counted in powers of two.
 MOST = 16
+# Nor contractions of more characters, or factors of more indices: arrays of NumPy's have few more.
+LONGEST = 1000
+DIMENSIONS = 32
+# Characters of a contraction that an error shows on either side of the fault.
+AROUND = 40
 # Marks the factors that each layer of a group has of its own.
 LAYER = "layer"
 BATCH = "batch of inputs"
@@ -42,7 +47,9 @@ class ContractionError(ValueError):
     """A contraction that cannot be read; the message has the character where that shows."""
 
     def __init__(self, text: str, position: int, problem: str) -> None:
-        super().__init__(f"`{text}`, character {position + 1}: {problem}")
+        begin, end = max(position - AROUND, 0), position + AROUND
+        shown = ("…" if begin else "") + text[begin:end] + ("…" if end < len(text) else "")
+        super().__init__(f"`{shown if len(text) > 2 * AROUND else text}`, character {position + 1}: {problem}")
         self.position = position
 
 
@@ -60,17 +67,14 @@ class Network:
     @classmethod
     def parse(cls, text: str) -> Network:
         """Read a contraction. Raises `ContractionError`."""
+        if len(text) > LONGEST:
+            raise ContractionError(text, LONGEST, f"a contraction has at most {LONGEST} characters")
         words = list(_words(text))
         arrow = next((number for number, (_, word) in enumerate(words) if word == "->"), len(words))
         terms = _terms(text, words[:arrow])
         rows, cols = _output(text, words[arrow + 1 :]) if arrow < len(words) else ((("out", 0),), (("in", 0),))
         terms, own = _layers(text, terms)
-        if len(terms) > MOST:
-            raise ContractionError(text, terms[MOST][0][1], f"a contraction has at most {MOST} factors")
-        for term in terms:
-            for at, (index, position) in enumerate(term):
-                if index in {name for name, _ in term[:at]}:
-                    raise ContractionError(text, position, f"a factor has the index `{index}` twice")
+        _check_factors(text, terms)
         used = {index for term in terms for index, _ in term}
         seen: set[str] = set()
         for index, position in (*rows, *cols):
@@ -297,6 +301,18 @@ def _terms(text: str, words: Sequence[tuple[int, str]]) -> list[list[tuple[str, 
     if not terms[-1]:
         raise ContractionError(text, len(text.rstrip()), "a factor without an index")
     return terms
+
+
+def _check_factors(text: str, terms: Sequence[list[tuple[str, int]]]) -> None:
+    """Raise `ContractionError` for too many factors or indices, and for an index that a factor has twice."""
+    if len(terms) > MOST:
+        raise ContractionError(text, terms[MOST][0][1], f"a contraction has at most {MOST} factors")
+    for term in terms:
+        if len(term) > DIMENSIONS:
+            raise ContractionError(text, term[DIMENSIONS][1], f"a factor has at most {DIMENSIONS} indices")
+        for at, (index, position) in enumerate(term):
+            if index in {name for name, _ in term[:at]}:
+                raise ContractionError(text, position, f"a factor has the index `{index}` twice")
 
 
 def _layers(text: str, terms: Sequence[list[tuple[str, int]]]) -> tuple[list[list[tuple[str, int]]], tuple[bool, ...]]:

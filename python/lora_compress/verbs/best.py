@@ -14,7 +14,7 @@ from functools import partial
 
 from lora_compress import plugins
 from lora_compress._native import Workspace
-from lora_compress.errors import PluginError, SelectionError
+from lora_compress.errors import PluginError, SelectionError, TensorError
 from lora_compress.verbs.changes import Changes
 from lora_compress.verbs.decompose import Storing, decompose
 from lora_compress.verbs.parallel import ordered_map
@@ -22,7 +22,9 @@ from lora_compress.verbs.progress import Progress
 from lora_compress.verbs.tasks import Task, tasks
 
 BEST = plugins.BEST
-# A group has to gain this share of its layers' error, or rounding would decide.
+# The pair that every other decomposition is held against.
+PAIR = "ab"
+# What is taken instead of what came before has to gain this share of the error, or rounding would decide.
 WORTH = 1e-6
 
 
@@ -55,21 +57,21 @@ def best_tasks(
     warnings = []
     whole: list[Task] = []
     # The built-in pair first: where two are equal, it is kept.
-    methods = sorted(plugins.load().decompositions, key=lambda method: (method.name != "ab", method.name))
+    methods = sorted(plugins.load().decompositions, key=lambda method: (method.name != PAIR, method.name))
     for method in methods:
-        work = tasks(changes, method, ranks, None, as_factors=storing.as_factors)
-        whole = [task for task in work if task.method is None]
-        fitted = [task for task in work if task.method is not None]
         job = partial(decompose, changes, storing, {}, seed=seed, tolerance=tolerance, workspace=Workspace())
-        progress.begin(f"trying {method.name}", sum(task.nbytes for task in fitted), len(fitted))
         found = []
         try:
+            work = tasks(changes, method, ranks, None, as_factors=storing.as_factors)
+            whole = [task for task in work if task.method is None]
+            fitted = [task for task in work if task.method is not None]
+            progress.begin(f"trying {method.name}", sum(task.nbytes for task in fitted), len(fitted))
             for task, done in ordered_map(job, fitted, lambda task: task.elements):
                 errors = [account.error_energy or 0.0 for account in done.accounts]
                 found.append(Candidate(task, math.fsum(errors)))
                 progress.advance(task.nbytes, 1, task.name)
-        except (PluginError, SelectionError) as error:
-            if method.name == "ab":
+        except (PluginError, SelectionError, TensorError) as error:
+            if method.name == PAIR:
                 raise
             warnings.append(f"`{method.name}` was left out: {error}")
             continue
@@ -81,9 +83,10 @@ def chosen(candidates: Sequence[Candidate]) -> list[Task]:
     """Tasks that cover every tensor once. Each tensor has a candidate of its own."""
     single: dict[str, Candidate] = {}
     for candidate in candidates:
-        if len(candidate.names) == 1 and (
-            candidate.names[0] not in single or candidate.error < single[candidate.names[0]].error
-        ):
+        if len(candidate.names) > 1:
+            continue
+        known = single.get(candidate.names[0])
+        if known is None or candidate.error < (1 - WORTH) * known.error:
             single[candidate.names[0]] = candidate
     groups = []
     for number, candidate in enumerate(candidates):

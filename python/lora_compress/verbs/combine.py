@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from lora_compress import plugins
-from lora_compress._native import Spectrum, __version__, fingerprint, round_to
+from lora_compress._native import Spectrum, __version__, fingerprint, round_to, same_bytes
 from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, stores_factors
 from lora_compress.errors import AdapterError, SelectionError
 from lora_compress.model import Model, last_component
@@ -246,8 +246,8 @@ def _whole(
         for name, stored in part.new_rows.items():
             if name in left_out:
                 continue
-            if name in rows:
-                raise AdapterError(f"two of the adapters append rows to `{name}`")
+            if name in rows and not same_bytes(rows[name][0], stored[0], rows[name][1], stored[1]):
+                raise AdapterError(f"two of the adapters append different rows to `{name}`")
             rows[name] = stored
     return replaced, rows
 

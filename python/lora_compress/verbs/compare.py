@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress import plugins
-from lora_compress.errors import PluginError, SelectionError
+from lora_compress.errors import PluginError, SelectionError, TensorError
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan
 from lora_compress.ranks.text import size as in_words
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error
-from lora_compress.verbs.best import BEST
+from lora_compress.verbs.best import BEST, PAIR
 from lora_compress.verbs.changes import Options
 from lora_compress.verbs.extract import FACTORS, extract
 from lora_compress.verbs.plan import plan
@@ -27,7 +27,6 @@ from lora_compress.verbs.progress import Progress, Silent
 
 # Ranks of pairs whose bytes are compared at, where none are given.
 SIZES = (4, 16, 64)
-PAIR = "ab"
 
 Measure = Callable[[Path], Mapping[str, float]]
 
@@ -150,6 +149,8 @@ def compare(
     started = time.perf_counter()
     progress = progress or Silent()
     host = plugins.load()
+    if isinstance(decompositions, str):
+        decompositions = [decompositions]
     names = list(decompositions) if decompositions is not None else [item.name for item in host.decompositions]
     for name in names:
         if name != BEST:
@@ -210,7 +211,7 @@ def _row(
                 tolerance=tolerance,
                 progress=progress,
             )
-        except (PluginError, SelectionError) as error:
+        except (PluginError, SelectionError, TensorError) as error:
             if name == PAIR:
                 raise
             return replace(row, problem=str(error)), ()

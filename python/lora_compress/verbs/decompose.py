@@ -59,7 +59,13 @@ class Deltas(Sequence[Delta]):
     def __init__(self, changes: Changes, pairs: Sequence[Pair], workspace: Workspace) -> None:
         self._changes, self._pairs, self._workspace = changes, list(pairs), workspace
         self._kept: dict[str, Delta] = {}
-        self._keeps = sum(pair.elements for pair in pairs) <= IN_FLIGHT
+        # One that is alone is as large as any in flight may be.
+        self._keeps = len(pairs) == 1 or sum(pair.elements for pair in pairs) <= IN_FLIGHT
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return [pair.name for pair in self._pairs]
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -117,6 +123,8 @@ def decompose(
             # Without energy but with other bytes: zeros of another sign, or new rows only.
             error_energy=delta.energy,
         )
+    # A large one is made anew where it is needed: none is held beside another.
+    del delta
     moved = {name for name, account in accounts.items() if account.delta_energy} if task.rank else set()
     pairs: dict[str, tuple[Float32Matrix, Float32Matrix]] = {}
     group = None
@@ -124,7 +132,7 @@ def decompose(
         found, group = _fitted(task.method, task.rank, deltas.only(moved), storing, seed=seed, tolerance=tolerance)
         for name, (error, stored, rank) in found.items():
             accounts[name] = replace(accounts[name], rank=rank, error_energy=error, decomposition=task.method.name)
-            if stored is not None:
+            if stored is not None and rank:
                 pairs[name] = stored
     for pair in task.pairs if not storing.as_factors else ():
         rank = storing.pads.get(pair.name, 0)
@@ -148,7 +156,7 @@ def _fitted(
     names: list[str] = []
     stored: list[list[Any]] = []
     shared: dict[int, Any] = {}
-    with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{deltas[0].name}`"):
+    with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{deltas.names[0]}`"):
         layers = method.factors_of(deltas, rank, seed=seed, tolerance=tolerance)
         for delta, factors in zip(deltas, layers, strict=True):
             scale = storing.scale_of(delta.name)

@@ -27,7 +27,7 @@ from lora_compress.ranks.recognise import recognise
 from lora_compress.ranks.text import size
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
-from lora_compress.verbs.best import BEST, best_tasks
+from lora_compress.verbs.best import BEST, PAIR, best_tasks
 from lora_compress.verbs.changes import Changes, Options, find_changes, nothing_changed, untouched
 from lora_compress.verbs.decompose import Decomposed, Storing, decompose, empty, padded
 from lora_compress.verbs.parallel import ordered_map
@@ -37,7 +37,7 @@ from lora_compress.verbs.selection import Treatment
 from lora_compress.verbs.tasks import planned_groups, planned_pairs, tasks, zeros
 
 if TYPE_CHECKING:
-    from lora_compress.adapter import AdapterWriter, FactorsWriter
+    from lora_compress.adapter import AdapterWriter, FactorsWriter, Format
 
 # An error that was asked for may be missed by this, relatively, without a word.
 WITHIN = 1e-3
@@ -175,7 +175,7 @@ def extract(
     options = Options(include, exclude, embeddings, skip_missing, tied_head, format or usual, dtype, seed)
     if plan is not None:
         if choice != RankChoice() or options != Options():
-            raise PlanError("a plan already says which tensors, ranks and dtype: plan again to change them")
+            raise PlanError("a plan already says which tensors, ranks, format and dtype: plan again to change them")
         plan = plan if isinstance(plan, Plan) else read(Path(plan))
         choice, options = plan.choice, Options.from_json(plan.options)
     out = Path(out)
@@ -190,13 +190,8 @@ def extract(
     elif choice.fixed is None:
         plan = plan_changes(changes, choice, options, base=str(base), tuned=str(tuned), progress=progress)
     ranks = _ranks(changes, plan, choice)
-    if isinstance(scale, Mapping) and (
-        strangers := set(scale) - {last_component(pair.name) for pair in changes.low_rank}
-    ):
-        raise SelectionError(f"there is no kind of module `{min(strangers)}` to scale")
     as_factors = stores_factors(target)
-    if as_factors and choice.layout == "uniform":
-        raise SelectionError(f"the layout `uniform` is one of pairs: the format `{target.name}` stores none")
+    _check_wishes(changes, scale, choice, target, is_best=method is None and format is None)
     pads = ranks if choice.pads and not as_factors else {}
     storing = Storing(as_factors, options.dtype, scale, pads, fills=choice.layout == "uniform")
     failed: list[str] = []
@@ -273,19 +268,39 @@ def extract(
             *changes.warnings,
             *failed,
             *(recognise(plan).warnings if plan is not None else ()),
-            *_broken_wishes(choice, accounts),
+            *_broken_wishes(choice, accounts, decomposition),
         ),
     )
 
 
-def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount]) -> list[str]:
+def _check_wishes(
+    changes: Changes, scale: float | Mapping[str, float], choice: RankChoice, target: Format, *, is_best: bool
+) -> None:
+    """Raise `SelectionError` or `PlanError` for wishes that contradict each other or the models."""
+    kinds = {last_component(pair.name) for pair in changes.low_rank}
+    if isinstance(scale, Mapping) and (strangers := set(scale) - kinds):
+        raise SelectionError(f"there is no kind of module `{min(strangers)}` to scale")
+    if is_best and not stores_factors(target):
+        raise PlanError(
+            f"the plan is for the format `{target.name}`, and of pairs `{PAIR}` is the best of all: plan with "
+            f"--format {FACTORS}"
+        )
+    if stores_factors(target) and choice.layout == "uniform":
+        raise SelectionError(f"the layout `uniform` is one of pairs: the format `{target.name}` stores none")
+
+
+def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount], decomposition: str) -> list[str]:
     """Warnings where what is stored is not what was asked for."""
     warnings = []
     error = total_error(accounts)
     if choice.rule == ERROR and error > choice.value * (1 + WITHIN):
+        why = (
+            "their rounding (--dtype F32 has less) and a scale other than 1 are not planned for"
+            if decomposition == PAIR
+            else f"sizes are planned for `{PAIR}`, at which `{decomposition}` may leave more"
+        )
         warnings.append(
-            f"the stored factors leave a relative error of {error:.4g}, above the {choice.value:g} asked for: their "
-            "rounding (--dtype F32 has less) and a scale other than 1 are not planned for"
+            f"the stored factors leave a relative error of {error:.4g}, above the {choice.value:g} asked for: {why}"
         )
     if error > 1:
         warnings.append(

@@ -72,7 +72,8 @@ def inspect(path: str | Path) -> InspectResult:
     if plugins.load().format_of(path) is not None:
         files = sorted(path.glob("*.safetensors"))
         tensors = [tensor for file in files for tensor in Checkpoint(file).tensors()]
-        config, manifest = read_json(path / "adapter_config.json"), read_manifest(path)
+        manifest = read_manifest(path)
+        config = read_json(path / "adapter_config.json") or read_json(path / "adapter_factors.json")
         return InspectResult(path, "adapter", tuple(files), tuple(tensors), config, manifest)
     model = Model.open(path)
     shards, stored = tuple(model.checkpoint.shards), tuple(model.checkpoint.tensors())

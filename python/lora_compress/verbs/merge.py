@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lora_compress import plugins
-from lora_compress._native import Checkpoint, LowRank, MergedTensor, Update, fingerprint, merge_shard
+from lora_compress._native import Checkpoint, LowRank, MergedTensor, Update, fingerprint, merge_shard, same_bytes
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
 from lora_compress.model import CONFIG, Model, names, read_json
@@ -192,7 +193,8 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
     if form is None:
         known = ", ".join(form.name for form in host.formats)
         raise AdapterError(
-            f"`{path}` is not an adapter of any known format ({known}): is there an `adapter_config.json`?"
+            f"`{path}` is not an adapter of any known format ({known}): is there an `adapter_config.json`, or an "
+            "`adapter_factors.json`?"
         )
     with plugins.blame(host.formats.origin(form.name), f"failed in `read` of `{form.name}`"):
         adapter = form.read(path, base)
@@ -219,10 +221,15 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
                 make if weight == 1 else partial(_scaled, make, weight) for make in made
             )
         for name, stored in adapter.replacements.items():
+            if weight != 1 and stored[0].info(stored[1]).dtype not in FLOATS:
+                raise AdapterError(
+                    f"`{adapter.path}` stores `{name}` whole, in whole numbers, which no weight can be given: extract "
+                    f"it with --exclude '^{re.escape(name)}$', or merge it with weight 1"
+                )
             replacements.setdefault(name, []).append((*stored, float(weight)))
         for name, stored in adapter.new_rows.items():
-            if name in rows:
-                raise AdapterError(f"`{rows[name][1]}` and `{adapter.path}` both append rows to `{name}`")
+            if name in rows and not same_bytes(rows[name][0][0], stored[0], rows[name][0][1], stored[1]):
+                raise AdapterError(f"`{rows[name][1]}` and `{adapter.path}` append different rows to `{name}`")
             rows[name] = stored, adapter.path
     return {
         name: Update(

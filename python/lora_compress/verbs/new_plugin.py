@@ -37,18 +37,18 @@ class NewPlugin:
     files: tuple[str, ...]
 
 
-def new_plugin(name: str, out: Path | None = None, *, force: bool = False) -> NewPlugin:
+def new_plugin(name: str, out: Path | None = None) -> NewPlugin:
     """Write a package with a decomposition `name` to the directory `out`, which is `name` unless given.
 
     Raises `PluginError` for a name that no plugin can have, or that an installed one has already, and
-    `OutputExistsError` when `out` exists and may not be replaced.
+    `OutputExistsError` when `out` exists and is not empty: what a person has written is never replaced.
     """
     module = _module_of(name)
     out = Path(name) if out is None else out
     values = {"name": name, "module": module, "requirement": _requirement()}
     templates = files("lora_compress") / "scaffold"
     written = []
-    with output.new_directory(out, force=force) as folder:
+    with output.new_directory(out, force=False) as folder:
         for place, template in FILES.items():
             relative = place.format(module=module)
             text = "" if template is None else (templates / template).read_text(encoding="utf-8")

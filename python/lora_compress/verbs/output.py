@@ -20,12 +20,20 @@ def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> I
     and is not an empty directory (unless `force`), or is or contains one of `inputs` (always).
     """
     check(out, force=force, inputs=inputs)
+    if not out.is_symlink():
+        # `.` has a name and a parent too.
+        out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
     try:
         # Made inside the block that removes it: a signal may arrive between any two lines.
         partial.mkdir()
         yield partial
+        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+            # Filled where it stands: somebody's shell may be in it.
+            for path in sorted(partial.iterdir()):
+                path.rename(out / path.name)
+            return
         if out.is_symlink() or out.is_file():
             out.unlink()
         elif out.exists():

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from lora_compress._native import threads
 
 Task = TypeVar("Task")
@@ -28,10 +30,13 @@ def ordered_map(
     Jobs run in as many threads as the core uses (they release the GIL there) while their summed `cost` stays within
     `IN_FLIGHT`; one job always runs. `announce(task)` is called ahead of time, while the task before is worked on. The
     first exception is raised here and leaves the remaining tasks undone.
+
+    Meanwhile NumPy's BLAS has one thread: its own would wait for processors that the core's are on, which makes small
+    products forty times slower, and the last bits of large ones would depend on how many there are.
     """
     waiting: deque[tuple[Task, Future[Result]]] = deque()
     in_flight = 0
-    with ThreadPoolExecutor(max_workers=threads()) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(max_workers=threads()) as pool:
         try:
             for number, task in enumerate(tasks):
                 while waiting and in_flight + cost(task) > IN_FLIGHT:

@@ -121,7 +121,7 @@ def planned_pairs(work: Sequence[Task], pads: Mapping[str, int]) -> list[Planned
             if rank:
                 planned.append(PlannedFactors(pair.name, *shape, rank))
         parameters += method.parameters(task.shapes, task.rank) if task.rank else 0
-    if pair_elements >= elements and pair_elements > 2 * parameters:
+    if pair_elements >= elements and pair_elements > parameters:
         raise SelectionError(
             f"pairs of this decomposition would be as large as the matrices (ranks up to {largest}): store its factors "
             "themselves, with --format factors"

@@ -2,7 +2,8 @@
 //!
 //! A merged shard has the tensors, order and, unless told otherwise, dtypes of the base's shard; tensors without an update are
 //! copied byte for byte. Every panel is read, summed, rounded and written to its place by one thread, so reading, arithmetic and
-//! writing go on side by side. Memory holds the factors of some tensors and a few panels, never a whole tensor.
+//! writing go on side by side. Memory holds the factors of some tensors and a few panels; of an update that is computed, the
+//! whole tensor, but one at a time.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -84,7 +85,7 @@ pub fn merge_shard(
     }
     let file = PlacedFile::create(path, &specs, shard.metadata())?;
     let mut tensors = Vec::new();
-    for batch in batches(base, shard.names())? {
+    for batch in batches(base, shard.names(), updates)? {
         let mut loaded = Vec::with_capacity(batch.len());
         for name in batch {
             loaded.push((name.as_str(), updates.get(name).map(|update| update.load(base, name)).transpose()?));
@@ -128,11 +129,14 @@ pub fn unknown_tensors(base: &Checkpoint, updates: &Updates) -> Vec<String> {
 }
 
 /// Cuts the names of a shard into runs of tensors that are not too large together.
-fn batches<'a>(base: &Checkpoint, names: &'a [String]) -> Result<Vec<&'a [String]>> {
+///
+/// One whose update is computed fills a run: it may be held whole.
+fn batches<'a>(base: &Checkpoint, names: &'a [String], updates: &Updates) -> Result<Vec<&'a [String]>> {
     let mut batches = Vec::new();
     let (mut first, mut size) = (0, 0u64);
     for (at, name) in names.iter().enumerate() {
-        let nbytes = base.info(name)?.nbytes;
+        let is_computed = updates.get(name).is_some_and(|update| !update.computed.is_empty());
+        let nbytes = if is_computed { BATCH } else { base.info(name)?.nbytes };
         if at > first && size.saturating_add(nbytes) > BATCH {
             batches.push(&names[first..at]);
             (first, size) = (at, 0);

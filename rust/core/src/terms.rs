@@ -82,11 +82,11 @@ pub enum Values {
 /// A term that is computed when its tensor's turn comes: decompositions that do not lower to a small pair would otherwise hold
 /// all of a model in memory.
 #[derive(Clone)]
-pub struct Computed(pub(crate) Arc<dyn Fn() -> std::result::Result<Values, String> + Send + Sync>);
+pub struct Computed(pub(crate) Arc<dyn Fn() -> Result<Values> + Send + Sync>);
 
 impl Computed {
     /// A term that `compute` makes; called once for each time that the tensor is merged, on any thread.
-    pub fn new(compute: impl Fn() -> std::result::Result<Values, String> + Send + Sync + 'static) -> Self {
+    pub fn new(compute: impl Fn() -> Result<Values> + Send + Sync + 'static) -> Self {
         Self(Arc::new(compute))
     }
 }

@@ -94,7 +94,11 @@ impl Update {
         let mut dense = Vec::new();
         for term in &self.computed {
             base.computable(name)?;
-            let values = (term.0)().map_err(|reason| Error::Computed { name: name.into(), reason })?;
+            let values = (term.0)().map_err(|error| match error {
+                // Who computes does not know for whom.
+                Error::Computed { reason, .. } => Error::Computed { name: name.into(), reason },
+                other => other,
+            })?;
             let (shape, found, values) = match values {
                 Values::Pair(b, a) => {
                     let shape = (b.cols() == a.rows()).then_some((b.rows(), a.cols()));

@@ -308,7 +308,7 @@ fn computed_terms_are_added_once() {
             Computed::new(move || Ok(Values::Pair(matrix(2, 2, &[0.0; 4]), matrix(1, 3, &[0.0; 3])))),
             "what was computed",
         ),
-        (Computed::new(|| Err("out of luck".into())), "out of luck"),
+        (Computed::new(|| Err(Error::Computed { name: String::new(), reason: "out of luck".into() })), "out of luck"),
     ] {
         case.updates.get_mut("w").unwrap().computed = vec![misfit];
         let error = case.merge("other.safetensors").unwrap_err();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use lora_compress_core as core;
 use numpy::{PyArray2, PyReadonlyArray2};
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
@@ -97,7 +98,12 @@ fn computed_term(callable: Py<PyAny>) -> core::Computed {
                 Values::Dense(values) => core::Values::Dense(matrix(&values)?),
             })
         })
-        .map_err(|error: PyErr| error.to_string())
+        .map_err(|error: PyErr| {
+            if Python::attach(|py| error.is_instance_of::<PyKeyboardInterrupt>(py)) {
+                return core::Error::Interrupted;
+            }
+            core::Error::Computed { name: String::new(), reason: error.to_string() }
+        })
     })
 }
 

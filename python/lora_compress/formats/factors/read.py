@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_factors.json"
 FACTORS = "adapter_factors.safetensors"
 SCHEMA_VERSION = 1
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # A file can ask for products far larger than the matrix they end in; no decomposition needs more than this.
 LARGEST_PRODUCT = 16
 SMALL = 1 << 22
@@ -34,7 +35,7 @@ def read(path: Path, base: Model) -> Adapter:
     the file that nothing names.
     """
     config = read_json(path / CONFIG)
-    if config.get("schema_version") != SCHEMA_VERSION:
+    if type(config.get("schema_version")) is not int or config["schema_version"] != SCHEMA_VERSION:
         raise AdapterError(
             f"`{path / CONFIG}` has schema version {config.get('schema_version')!r}, this release reads "
             f"{SCHEMA_VERSION}"
@@ -43,6 +44,7 @@ def read(path: Path, base: Model) -> Adapter:
     groups = config.get("groups")
     if not isinstance(groups, list):
         raise AdapterError(f"`{path / CONFIG}` has no list of groups")
+    warnings = [] if groups else [f"`{path / CONFIG}` has no groups: there are no factors in it"]
     computed: dict[str, list[Compute]] = {}
     used: set[str] = set()
     for number, group in enumerate(groups):
@@ -57,7 +59,7 @@ def read(path: Path, base: Model) -> Adapter:
     left = sorted({tensor.name for tensor in file.tensors()} - used)
     if left:
         raise AdapterError(f"`{path / FACTORS}` holds `{left[0]}`, which no group of `{path / CONFIG}` names")
-    return Adapter(path, computed=computed)
+    return Adapter(path, computed=computed, warnings=warnings)
 
 
 def stored_name(factor: int, tensor: str | None, group: int) -> str:
@@ -69,7 +71,7 @@ def _group(path: Path, number: int, group: Any) -> tuple[Network, list[str]]:
     if not isinstance(group, dict):
         raise AdapterError(f"`{path}`: group {number} is no object")
     tensors, contraction = group.get("tensors"), group.get("contraction")
-    if not isinstance(tensors, list) or not tensors or not all(isinstance(name, str) for name in tensors):
+    if not isinstance(tensors, list) or not tensors or not all(map(_is_name, tensors)):
         raise AdapterError(f"`{path}`: group {number} has no list of tensors")
     try:
         return Network.parse(str(contraction)), tensors
@@ -77,11 +79,19 @@ def _group(path: Path, number: int, group: Any) -> tuple[Network, list[str]]:
         raise AdapterError(f"`{path}`: the contraction of group {number} cannot be read: {error}") from error
 
 
+def _is_name(name: object) -> bool:
+    """JSON can hold halves of characters, which no file name or tensor name can."""
+    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _check(file: Checkpoint, network: Network, names: list[str], tensor: str, base: Model) -> None:
     """Raise `AdapterError` unless the factors are there and make a matrix of the tensor's shape."""
     missing = [name for name in names if name not in file]
     if missing:
         raise AdapterError(f"`{file.path}` lacks the factor `{missing[0]}`")
+    odd = [name for name in names if file.info(name).dtype not in FLOATS]
+    if odd:
+        raise AdapterError(f"`{file.path}`: the factor `{odd[0]}` is {file.info(odd[0]).dtype}, no float")
     try:
         sizes = network.sizes([SimpleNamespace(shape=tuple(file.info(name).shape)) for name in names])
         largest = network.largest_product(sizes)
