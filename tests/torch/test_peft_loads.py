@@ -224,3 +224,24 @@ def test_gpt2_extraction_loads_in_peft(tmp_path: Path) -> None:
     assert_all_keys_are_used(adapted, tmp_path / "adapter")
     difference = (logits(adapted) - logits(in_f64(tmp_path / "tuned"))).abs().max().item()
     assert difference <= rounding_response(tmp_path / "tuned", 24 * 2.0**-24)
+
+
+@pytest.mark.parametrize("wish", [{"rank": 5}, {"budget": "12kB"}, {"rank": 3, "layout": "uniform"}])
+def test_resized_and_combined_adapters_load_in_peft(
+    tied_pair: tuple[Path, Path], tmp_path: Path, wish: dict[str, Any]
+) -> None:
+    base, tuned = tied_pair
+    other = tied_llama(tmp_path / "other", 2)
+    for name, path in (("one", tuned), ("two", other)):
+        lora_compress.extract(base, path, tmp_path / name, rank=12, dtype="F32")
+    lora_compress.resize(base, tmp_path / "one", tmp_path / "resized", dtype="F32", **wish)
+    adapters = [tmp_path / "one", tmp_path / "two"]
+    lora_compress.combine(base, adapters, tmp_path / "sum", weights=[0.5, -1], dtype="F32", **wish)
+    for name in ("resized", "sum"):
+        # What no LoRA holds (norms) is not PEFT's to apply.
+        model = with_adapter(in_f64(base), tmp_path / name)
+        assert_all_keys_are_used(model, tmp_path / name)
+        without_side_file(tmp_path / name)
+        lora_compress.merge(base, tmp_path / name, tmp_path / f"{name}-merged", dtype="F64")
+        merged = logits(in_f64(tmp_path / f"{name}-merged"))
+        assert float((logits(model) - merged).abs().max()) <= rounding_response(base, 2.0**-22)
