@@ -90,6 +90,7 @@ def command(
         base, tuned = base_option, model_option
     if base is None or tuned is None or (base_option is not None) != (model_option is not None):
         raise click.UsageError("both BASE and TUNED are needed")
+    from lora_compress.plugins import BEST
     from lora_compress.verbs import output
     from lora_compress.verbs.extract import extract
 
@@ -117,7 +118,7 @@ def command(
             for row in totals["treatments"]
         ]
         print_table(["treatment ", "tensors", "share of ‖ΔW‖²", "bytes"], rows)
-        if result.decomposition == "best":
+        if result.decomposition == BEST:
             counts = Counter(tensor.decomposition for tensor in result.tensors if tensor.decomposition)
             click.echo("best: " + ", ".join(f"{name} for {count}" for name, count in counts.most_common()))
         share = result.adapter_bytes / max(result.tuned_bytes, 1)

@@ -56,11 +56,16 @@ class Decomposed:
 class Deltas(Sequence[Delta]):
     """The deltas of a group. Small ones are kept, large ones are made whenever they are taken."""
 
-    def __init__(self, changes: Changes, pairs: Sequence[Pair], workspace: Workspace) -> None:
-        self._changes, self._pairs, self._workspace = changes, list(pairs), workspace
-        self._kept: dict[str, Delta] = {}
-        # One that is alone is as large as any in flight may be.
-        self._keeps = len(pairs) == 1 or sum(pair.elements for pair in pairs) <= IN_FLIGHT
+    def __init__(
+        self, changes: Changes, pairs: Sequence[Pair], workspace: Workspace, kept: dict[str, Delta] | None
+    ) -> None:
+        self._changes, self._pairs, self._workspace, self._kept = changes, list(pairs), workspace, kept
+
+    @classmethod
+    def of(cls, changes: Changes, pairs: Sequence[Pair], workspace: Workspace) -> Deltas:
+        """Of these tensors. One that is alone is kept: it is as large as any in flight may be."""
+        small = len(pairs) == 1 or sum(pair.elements for pair in pairs) <= IN_FLIGHT
+        return cls(changes, pairs, workspace, {} if small else None)
 
     @property
     def names(self) -> list[str]:
@@ -78,13 +83,12 @@ class Deltas(Sequence[Delta]):
         if isinstance(at, slice):
             return [self[number] for number in range(*at.indices(len(self)))]
         pair = self._pairs[at]
-        delta = self._kept.get(pair.name)
-        if delta is None:
-            self._changes.announce(self._pairs[(at + 1) % len(self._pairs)])
-            models = self._changes.base.checkpoint, self._changes.tuned.checkpoint
-            delta = Delta(*models, pair.name, self._workspace)
-            if self._keeps:
-                self._kept[pair.name] = delta
+        if self._kept is not None and pair.name in self._kept:
+            return self._kept[pair.name]
+        self._changes.announce(self._pairs[(at + 1) % len(self._pairs)])
+        delta = Delta(self._changes.base.checkpoint, self._changes.tuned.checkpoint, pair.name, self._workspace)
+        if self._kept is not None:
+            self._kept[pair.name] = delta
         return delta
 
     def __iter__(self) -> Iterator[Delta]:
@@ -92,9 +96,8 @@ class Deltas(Sequence[Delta]):
 
     def only(self, names: set[str]) -> Deltas:
         """Those of some tensors."""
-        part = Deltas(self._changes, [pair for pair in self._pairs if pair.name in names], self._workspace)
-        part._keeps, part._kept = self._keeps, self._kept
-        return part
+        pairs = [pair for pair in self._pairs if pair.name in names]
+        return Deltas(self._changes, pairs, self._workspace, self._kept)
 
 
 def decompose(
@@ -111,7 +114,7 @@ def decompose(
     accounts = {pair.name: account_of(changes, pair) for pair in task.pairs}
     if task.method is None:
         return Decomposed(list(accounts.values()), {})
-    deltas = Deltas(changes, task.pairs, workspace)
+    deltas = Deltas.of(changes, task.pairs, workspace)
     for delta in deltas:
         planned = planned_energies.get(delta.name)
         if planned is not None and abs(planned - delta.energy) > 1e-9 * delta.energy:
@@ -126,64 +129,84 @@ def decompose(
     # A large one is made anew where it is needed: none is held beside another.
     del delta
     moved = {name for name, account in accounts.items() if account.delta_energy} if task.rank else set()
-    pairs: dict[str, tuple[Float32Matrix, Float32Matrix]] = {}
-    group = None
+    stored = Stored({}, {}, {})
     if moved:
-        found, group = _fitted(task.method, task.rank, deltas.only(moved), storing, seed=seed, tolerance=tolerance)
-        for name, (error, stored, rank) in found.items():
-            accounts[name] = replace(accounts[name], rank=rank, error_energy=error, decomposition=task.method.name)
-            if stored is not None and rank:
-                pairs[name] = stored
+        origin = plugins.load().decompositions.origin(task.method.name)
+        with plugins.blame(origin, f"failed in the fit of `{task.method.name}` for `{task.name}`"):
+            deltas = deltas.only(moved)
+            layers = task.method.factors_of(deltas, task.rank, seed=seed, tolerance=tolerance)
+            layers = [
+                _scaled(task.method, factors, storing.scale_of(name))
+                for name, factors in zip(deltas.names, layers, strict=True)
+            ]
+            store = _as_factors if storing.as_factors else _as_pairs
+            stored = store(task.method, deltas, layers, storing.dtype)
+    for name, error in stored.errors.items():
+        if not error < float("inf"):
+            raise TensorError(f"`{name}`: its factors overflow {storing.dtype}; use --dtype F32")
+        accounts[name] = replace(
+            accounts[name], rank=stored.ranks.get(name, task.rank), error_energy=error, decomposition=task.method.name
+        )
+    pairs = dict(stored.pairs)
     for pair in task.pairs if not storing.as_factors else ():
         rank = storing.pads.get(pair.name, 0)
         if rank and (pair.name in pairs or storing.fills):
             b, a = pairs.get(pair.name, empty(*pair.base.shape))
             pairs[pair.name] = padded(b, a, rank)
             accounts[pair.name] = replace(accounts[pair.name], rank=rank)
-    return Decomposed(list(accounts.values()), pairs, group)
+    return Decomposed(list(accounts.values()), pairs, stored.group)
 
 
-Fitted = dict[str, tuple[float, "tuple[Float32Matrix, Float32Matrix] | None", int]]
+@dataclass(frozen=True)
+class Stored:
+    """Factors as they will be stored, with error energies: pairs and their ranks, or a group."""
+
+    errors: Mapping[str, float]
+    ranks: Mapping[str, int]
+    pairs: Mapping[str, tuple[Float32Matrix, Float32Matrix]]
+    group: GroupFactors | None = None
 
 
-def _fitted(
-    method: Decomposition, rank: int, deltas: Deltas, storing: Storing, *, seed: int, tolerance: float
-) -> tuple[Fitted, GroupFactors | None]:
-    """Error, pair and rank of every delta as it will be stored; the factors where those are stored."""
-    found: Fitted = {}
+def _scaled(method: Decomposition, factors: list[Any], scale: float) -> list[Any]:
+    """ΔW `scale` times: a network is linear in each factor, so one of the layer's own takes it all."""
+    if scale == 1.0:
+        return factors
     first = method.network.own.index(True)
-    origin = plugins.load().decompositions.origin(method.name)
-    names: list[str] = []
-    stored: list[list[Any]] = []
-    shared: dict[int, Any] = {}
-    with plugins.blame(origin, f"failed in the fit of `{method.name}` for `{deltas.names[0]}`"):
-        layers = method.factors_of(deltas, rank, seed=seed, tolerance=tolerance)
-        for delta, factors in zip(deltas, layers, strict=True):
-            scale = storing.scale_of(delta.name)
-            if scale != 1.0:
-                factors = [value * np.float32(scale) if at == first else value for at, value in enumerate(factors)]
-            if not storing.as_factors:
-                b, a = method.lower(factors)
-                b, a = round_to(b, storing.dtype), round_to(a, storing.dtype)
-                found[delta.name] = _finite(delta, delta.residual_energy(b, a), storing), (b, a), b.shape[1]
-                continue
-            rounded = []
-            for number, (value, own) in enumerate(zip(factors, method.network.own, strict=True)):
-                if own or number not in shared:
-                    shared[number] = round_to(np.ascontiguousarray(value), storing.dtype)
-                rounded.append(shared[number])
-            names.append(delta.name)
-            stored.append(rounded)
-            found[delta.name] = _finite(delta, residual_energy(delta, method, rounded), storing), None, rank
-    if not stored:
-        return found, None
-    return found, GroupFactors(method.name, method.contraction, tuple(names), stored, method.network.own)
+    return [value * np.float32(scale) if number == first else value for number, value in enumerate(factors)]
 
 
-def _finite(delta: Delta, error: float, storing: Storing) -> float:
-    if not error < float("inf"):
-        raise TensorError(f"`{delta.name}`: its factors overflow {storing.dtype}; use --dtype F32")
-    return error
+def _as_pairs(method: Decomposition, deltas: Deltas, layers: Sequence[Sequence[Any]], dtype: str) -> Stored:
+    """Every layer's factors lowered to a pair; one without a direction is none."""
+    errors, pairs = {}, {}
+    for delta, factors in zip(deltas, layers, strict=True):
+        b, a = (round_to(factor, dtype) for factor in method.lower(factors))
+        errors[delta.name] = delta.residual_energy(b, a)
+        if b.shape[1]:
+            pairs[delta.name] = (b, a)
+    ranks = {name: pairs[name][0].shape[1] if name in pairs else 0 for name in errors}
+    return Stored(errors, ranks, pairs)
+
+
+def _as_factors(method: Decomposition, deltas: Deltas, layers: Sequence[Sequence[Any]], dtype: str) -> Stored:
+    """The factors themselves; what layers share is rounded once and stays one array."""
+    own = method.network.own
+    shared = {
+        number: round_to(np.ascontiguousarray(value), dtype)
+        for number, value in enumerate(layers[0])
+        if not own[number]
+    }
+    rounded = [
+        [
+            round_to(np.ascontiguousarray(value), dtype) if own[number] else shared[number]
+            for number, value in enumerate(factors)
+        ]
+        for factors in layers
+    ]
+    errors = {
+        delta.name: residual_energy(delta, method, factors) for delta, factors in zip(deltas, rounded, strict=True)
+    }
+    group = GroupFactors(method.name, method.contraction, tuple(deltas.names), rounded, own)
+    return Stored(errors, {}, {}, group)
 
 
 def residual_energy(delta: Delta, method: Decomposition, factors: Sequence[Any]) -> float:

@@ -7,7 +7,6 @@ to the adapter's dtype, and only then is their error measured: what is reported 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from lora_compress import plugins
 from lora_compress._native import Workspace, __version__, fingerprint, kernel
 from lora_compress.adapter import AdapterPlan, stores_factors
 from lora_compress.errors import PlanError, SelectionError
-from lora_compress.model import Model, last_component
+from lora_compress.model import last_component
 from lora_compress.ranks.choice import ERROR, RankChoice, choose
 from lora_compress.ranks.file import read
 from lora_compress.ranks.plan import Plan
@@ -29,6 +28,7 @@ from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION, TensorAccount, total_error, totals_json
 from lora_compress.verbs.best import BEST, PAIR, best_tasks
 from lora_compress.verbs.changes import Changes, Options, find_changes, nothing_changed, untouched
+from lora_compress.verbs.companions import copy_tokenizer
 from lora_compress.verbs.decompose import Decomposed, Storing, decompose, empty, padded
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.plan import check_made_for, plan_changes
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 WITHIN = 1e-3
 # The format of "best": pairs alone would make `ab` the best of all everywhere.
 FACTORS = "factors"
-# Copied with the adapter when the vocabulary grew: the base's tokenizer does not know the new entries.
-TOKENIZER = ("added_tokens.json", "chat_template.*", "merges.txt", "special_tokens_map.json", "tokenizer*", "vocab.*")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -229,7 +227,7 @@ def extract(
             raise SelectionError(_nothing(changes, accounts))
         side_file.write_exact(partial_out, changes.tuned.checkpoint, changes.changed)
         if any(account.new_rows for account in accounts):
-            _copy_tokenizer(changes.tuned, partial_out)
+            copy_tokenizer(changes.tuned, partial_out)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "version": __version__,
@@ -353,11 +351,3 @@ def _nothing(changes: Changes, accounts: Sequence[TensorAccount]) -> str:
     if any(account.delta_energy for account in accounts if account.treatment is Treatment.LOW_RANK):
         return "no direction of any ΔW is worth storing under this choice of ranks: allow more, or give --rank a number"
     return nothing_changed(changes)
-
-
-def _copy_tokenizer(tuned: Model, out: Path) -> None:
-    folder = tuned.path if tuned.path.is_dir() else tuned.path.parent
-    for pattern in TOKENIZER:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                shutil.copy2(path, out / path.name)

@@ -6,10 +6,8 @@ adapter touches are copied byte for byte, and so is everything else that makes a
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,23 +21,18 @@ from lora_compress import plugins
 from lora_compress._native import Checkpoint, LowRank, MergedTensor, Update, fingerprint, merge_shard, same_bytes
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
-from lora_compress.model import CONFIG, Model, names, read_json
+from lora_compress.model import Model, names
 from lora_compress.verbs import output
 from lora_compress.verbs.account import SCHEMA_VERSION
-from lora_compress.verbs.extract import TOKENIZER
+from lora_compress.verbs.companions import write_companions
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest, with_side_file
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NEAREST, STOCHASTIC = ROUNDINGS = ("nearest", "stochastic")
 # An update of which less than this arrives is worth a warning.
 ENOUGH = 0.95
-# As transformers' configurations call dtypes.
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-# Weights in other containers would contradict the merged ones.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,7 @@ def merge(
             for number, shard in enumerate(model.checkpoint.shards):
                 name = shard.name if model.path.is_dir() else SINGLE
                 write(number, folder / name)
-            _write_companions(model, parts, folder, dtype)
+            write_companions(model, parts, folder, dtype)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
     lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0
@@ -246,45 +239,3 @@ def _scaled(make: Any, weight: float) -> Any:
     """A pair or a whole difference, `weight` times."""
     made = make()
     return (made[0] * np.float32(weight), made[1]) if isinstance(made, tuple) else made * np.float32(weight)
-
-
-def _write_companions(base: Model, adapters: Sequence[Adapter], folder: Path, dtype: str | None) -> None:
-    """Index, configuration and tokenizer of the merged model."""
-    if base.path.is_dir():
-        for path in sorted(base.path.iterdir()):
-            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS):
-                shutil.copy2(path, folder / path.name)
-    merged = Checkpoint(folder) if not (base.path / INDEX).is_file() else None
-    if merged is None:
-        index = read_json(base.path / INDEX)
-        shards = {shard.name: Checkpoint(folder / shard.name) for shard in base.checkpoint.shards}
-        sizes = {t.name: t for shard in shards.values() for t in shard.tensors()}
-        metadata = index.get("metadata")
-        index["metadata"] = {
-            **(metadata if isinstance(metadata, dict) else {}),
-            "total_size": sum(tensor.nbytes for tensor in sizes.values()),
-        }
-        index["weight_map"] = {name: shard for shard, held in shards.items() for name in names(held)}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    grown = {name: stored for adapter in adapters for name, stored in adapter.new_rows.items()}
-    if base.config and (grown or dtype is not None):
-        config = {**base.config, **_grown_vocabulary(base, grown)}
-        for key in ("torch_dtype", "dtype"):
-            if dtype is not None and key in config:
-                config[key] = TORCH_NAMES[dtype]
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if grown and base.config:
-        for adapter in adapters:
-            for pattern in TOKENIZER:
-                for path in sorted(adapter.path.glob(pattern)):
-                    shutil.copy2(path, folder / path.name)
-
-
-def _grown_vocabulary(base: Model, grown: dict[str, Stored]) -> dict[str, int]:
-    """The configuration's `vocab_size` follows the rows of the embedding, where it said their number before."""
-    size = base.config.get("vocab_size")
-    for name, (checkpoint, key) in grown.items():
-        rows = base.checkpoint.info(name).shape[0]
-        if rows == size:
-            return {"vocab_size": rows + checkpoint.info(key).shape[0]}
-    return {}
