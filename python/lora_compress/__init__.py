@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_compress.hookspecs import hookimpl
     from lora_compress.ranks.choice import RankChoice
     from lora_compress.ranks.plan import Plan
+    from lora_compress.verbs.base_patch import unmerge
     from lora_compress.verbs.changes import Options
     from lora_compress.verbs.check import check
     from lora_compress.verbs.combine import combine, resize
@@ -70,6 +71,7 @@ _HOME = {
     "resize": "verbs.combine",
     "same_input": "decompositions.groups",
     "set_threads": "_native",
+    "unmerge": "verbs.base_patch",
     "verify": "verbs.verify",
 }
 
@@ -103,6 +105,7 @@ __all__ = [
     "resize",
     "same_input",
     "set_threads",
+    "unmerge",
     "verify",
 ]
 

@@ -17,6 +17,7 @@ __all__ = [
     "LoraCompressError",
     "LowRank",
     "MergedTensor",
+    "Patch",
     "Spectrum",
     "TensorError",
     "TensorInfo",
@@ -37,6 +38,7 @@ __all__ = [
     "same_bytes",
     "set_threads",
     "threads",
+    "unmerge_shard",
 ]
 __version__: str
 
@@ -243,7 +245,21 @@ def merge_shard(
     *,
     dtype: str | None = None,
     stochastic: int | None = None,
+    patch: Patch | None = None,
 ) -> tuple[int, list[MergedTensor]]: ...
+
+@final
+class Patch:
+    def __new__(cls, path: str | os.PathLike[str], base: Checkpoint, changed: Sequence[str]) -> Patch: ...
+    def finish(self) -> int: ...
+
+def unmerge_shard(
+    merged: Checkpoint,
+    patch: Checkpoint,
+    shard: int,
+    path: str | os.PathLike[str],
+    progress: Callable[[int], Any] | None = None,
+) -> int: ...
 def compare(base: Checkpoint, tuned: Checkpoint, name: str, update: Update | None = None) -> Comparison: ...
 def set_threads(threads: int) -> None: ...
 def threads() -> int: ...

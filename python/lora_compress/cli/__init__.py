@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": ("plan", "Say which ranks a fine-tune needs, what they cost and what they keep."),
     "extract": ("extract", "Extract an adapter from a full fine-tune."),
     "merge": ("merge", "Merge adapters into a base model."),
+    "unmerge": ("unmerge", "Restore the base of a merged model."),
     "resize": ("resize", "Give an adapter other ranks."),
     "combine": ("combine", "Add adapters into one."),
     "check": ("check", "Say what a server would refuse or misread of an adapter."),

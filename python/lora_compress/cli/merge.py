@@ -40,6 +40,7 @@ Examples:
     help="To nearest, or up or down at random, so that updates smaller than half a spacing survive on average.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--keep-base-patch", is_flag=True, help="Keep what `lora-compress unmerge` restores the base from.")
 @click.option("--any-base", is_flag=True, help="Merge although an adapter was made for a base with other values.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @common_options

@@ -18,11 +18,20 @@ from typing import Any
 import numpy as np
 
 from lora_compress import plugins
-from lora_compress._native import Checkpoint, LowRank, MergedTensor, Update, fingerprint, merge_shard, same_bytes
+from lora_compress._native import (
+    Checkpoint,
+    LowRank,
+    MergedTensor,
+    Patch,
+    Update,
+    fingerprint,
+    merge_shard,
+    same_bytes,
+)
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
 from lora_compress.model import Model, names
-from lora_compress.verbs import output
+from lora_compress.verbs import base_patch, output
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.companions import write_companions
 from lora_compress.verbs.progress import Progress, Silent
@@ -77,6 +86,7 @@ def merge(
     rounding: str = NEAREST,
     seed: int = 0,
     any_base: bool = False,
+    keep_base_patch: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -94,6 +104,8 @@ def merge(
     dtype: "BF16", "F16", "F32" or "F64" for all float tensors; each one's own when absent.
     rounding: "nearest", or "stochastic": up or down at random, so that small updates survive on average (BF16, F16).
     seed: of stochastic rounding; the same seed gives the same bytes.
+    keep_base_patch: keep what leads back to the base in `lora_compress/` of the output: `unmerge` restores it to the
+        bit. Not with a `dtype`, nor for a single file.
     any_base: merge although an adapter was made for a base with other values.
     force: replace an existing output.
     progress: receives progress reports.
@@ -109,10 +121,9 @@ def merge(
     if not adapters:
         raise ValueError("at least one adapter is needed")
     weights = tuple(weights) or (1.0,) * len(adapters)
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters, each a finite number")
-    if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
-        raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
+    _check_options(len(adapters), weights, dtype, rounding, seed)
+    if keep_base_patch and (Path(out).suffix == ".safetensors" or dtype is not None):
+        raise ValueError("a patch of the base needs a directory as output, and the base's dtypes")
     out, inputs = Path(out), (Path(base), *map(Path, adapters))
     output.check(out, force=force, inputs=inputs)
     model = Model.open(base)
@@ -120,19 +131,20 @@ def merge(
     if not any_base:
         check_made_for(model, parts)
     updates = combine(parts, weights)
+    as_file = out.suffix == ".safetensors"
+    kept: Patch | None = None
     stochastic = seed if rounding == STOCHASTIC else None
     report = progress or Silent()
     merged: list[MergedTensor] = []
 
     def write(number: int, path: Path) -> None:
         _, tensors = merge_shard(
-            model.checkpoint, number, updates, path, report.advance, dtype=dtype, stochastic=stochastic
+            model.checkpoint, number, updates, path, report.advance, dtype=dtype, stochastic=stochastic, patch=kept
         )
         merged.extend(tensors)
 
     report.begin("merging", sum(tensor.nbytes for tensor in model.checkpoint.tensors()), 0)
 
-    as_file = out.suffix == ".safetensors"
     if as_file and len(model.checkpoint.shards) > 1:
         raise ValueError(f"`{base}` has several shards: `{out}` must be a directory")
     if as_file:
@@ -140,10 +152,14 @@ def merge(
         write(0, out)
     else:
         with output.new_directory(out, force=force, inputs=inputs) as folder:
+            if keep_base_patch:
+                kept = base_patch.begin(folder, model, sorted(updates))
             for number, shard in enumerate(model.checkpoint.shards):
                 name = shard.name if model.path.is_dir() else SINGLE
                 write(number, folder / name)
             write_companions(model, parts, folder, dtype)
+            if kept is not None:
+                base_patch.finish(kept, folder, model)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
     lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0
@@ -157,6 +173,14 @@ def merge(
     copied = len(names(model.checkpoint)) - len(updates)
     seconds = time.perf_counter() - started
     return MergeResult(out, len(updates), copied, nbytes, lost, gain, seconds, tuple(warnings))
+
+
+def _check_options(adapters: int, weights: Sequence[float], dtype: str | None, rounding: str, seed: int) -> None:
+    """Raise `ValueError` for options out of range."""
+    if len(weights) != adapters or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{len(weights)} weights for {adapters} adapters, each a finite number")
+    if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
+        raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
 
 
 def check_made_for(base: Model, adapters: Sequence[Adapter]) -> None:

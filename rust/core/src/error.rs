@@ -89,6 +89,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A patch of a merge cannot be used.
+    #[error("`{}`: {reason}", path.display())]
+    Patch {
+        /// The patch.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+
     /// Arithmetic was asked for on a tensor whose dtype this crate does not compute with.
     #[error("tensor `{name}` in `{}` is {dtype}: only BF16, F16, F32 and F64 can be computed with", path.display())]
     UnsupportedDtype {

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::panels;
+use crate::patch::{self, Patch};
 use crate::place::PlacedFile;
 use crate::rounding::{self, Applied, Storing};
 use crate::update::{LoadedUpdate, Scratch, Update};
@@ -54,6 +55,8 @@ pub struct MergedShard {
 
 /// Writes the merged form of shard number `shard` of `base` to `path`.
 ///
+/// A `patch` gets what leads back to the base; `storing` must leave its dtypes alone then.
+///
 /// `progress` is called with the number of bytes written since the last call; its error ends the merge, and nothing is left
 /// behind. Updates for tensors of other shards are ignored; [`unknown_tensors`] finds those that belong to none.
 ///
@@ -64,6 +67,7 @@ pub fn merge_shard(
     shard: usize,
     updates: &Updates,
     storing: &Storing,
+    mut patch: Option<&mut Patch>,
     path: &Path,
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<MergedShard> {
@@ -96,17 +100,29 @@ pub fn merge_shard(
             .into_iter()
             .flat_map(|(at, panels)| panels.into_iter().map(move |panel| (at, panel)))
             .collect();
+        let keeps = patch.is_some();
         let done = jobs.par_iter().map_init(Scratch::default, |scratch, (at, panel)| {
             let (name, update) = &loaded[*at];
             match update {
-                Some(update) => write_merged(update, name, panel.clone(), storing, &file, scratch),
-                None => copy(base, name, panel.clone(), storing, &file),
+                Some(update) => write_merged(update, name, panel.clone(), storing, &file, scratch, keeps),
+                None => copy(base, name, panel.clone(), storing, &file).map(|applied| (applied, None)),
             }
         });
-        let done = done.collect::<Result<Vec<Applied>>>()?;
+        let done = done.collect::<Result<Vec<_>>>()?;
         let mut sums = vec![Applied::default(); loaded.len()];
+        let mut frames = vec![Vec::new(); loaded.len()];
         // In the order of the panels, whoever finished first.
-        jobs.iter().zip(done).for_each(|((at, _), applied)| sums[*at].add(applied));
+        for ((at, _), (applied, frame)) in jobs.iter().zip(done) {
+            sums[*at].add(applied);
+            frames[*at].extend(frame);
+        }
+        if let Some(patch) = patch.as_deref_mut() {
+            for ((name, update), frames) in loaded.iter().zip(&frames) {
+                if update.is_some() {
+                    patch.append(name, frames)?;
+                }
+            }
+        }
         let mut written = 0;
         for ((name, update), sum) in loaded.iter().zip(sums) {
             written += base.info(name)?.nbytes;
@@ -165,12 +181,18 @@ fn write_merged(
     storing: &Storing,
     file: &PlacedFile,
     scratch: &mut Scratch,
-) -> Result<Applied> {
+    keeps: bool,
+) -> Result<(Applied, Option<Vec<u8>>)> {
     let (_, cols) = update.matrix_shape();
-    let begin = (rows.start * cols) as u64 * update.target(storing).bits() / 8;
-    let applied = update.merge_into(rows, storing, scratch)?;
+    let bits = update.target(storing).bits();
+    let begin = (rows.start * cols) as u64 * bits / 8;
+    let applied = update.merge_into(rows.clone(), storing, scratch)?;
     file.write(name, begin, &scratch.out)?;
-    Ok(applied)
+    if !keeps {
+        return Ok((applied, None));
+    }
+    let base = update.base_rows(rows)?;
+    Ok((applied, Some(patch::frame(&base, &scratch.out, (bits / 8).max(1) as usize)?)))
 }
 
 /// Where appended rows begin, in bytes.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, IoContext, Result};
-use crate::header::{PREFIX, byte_count};
+use crate::header::{Header, PREFIX, byte_count};
 use crate::write::{Spec, beside, header_json};
 
 /// A file under construction. Dropping it unfinished removes every trace of it.
@@ -47,6 +47,18 @@ impl PlacedFile {
         // The whole length at once: the file system can keep it together, and a full disk may say so now.
         file.as_file().set_len(nbytes).at(path)?;
         let places = tensors.into_iter().map(|(name, (_, begin, end))| (name, (first + begin, end - begin))).collect();
+        Ok(Self { path: path.into(), file, places, nbytes })
+    }
+
+    /// Starts a file with the header that another has, `raw` with its length field; `nbytes` is the length of the whole file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn with_header(path: &Path, raw: &[u8], header: &Header, nbytes: u64) -> Result<Self> {
+        let file = beside(path)?;
+        write_at(file.as_file(), raw, 0).at(path)?;
+        file.as_file().set_len(nbytes).at(path)?;
+        let places = header.tensors.iter().map(|(name, info)| (name.clone(), (info.offset, info.nbytes))).collect();
         Ok(Self { path: path.into(), file, places, nbytes })
     }
 

@@ -249,6 +249,11 @@ impl LoadedUpdate<'_> {
         applied
     }
 
+    /// The base's own bytes of some rows.
+    pub(crate) fn base_rows(&self, range: Range<usize>) -> Result<Vec<u8>> {
+        self.row_bytes(self.base, self.name, range)
+    }
+
     fn has_no_terms(&self) -> bool {
         self.right.rank() == 0 && self.dense.is_empty() && self.differences.is_empty()
     }

@@ -73,13 +73,13 @@ impl Case {
 
     fn store(&self, name: &str, storing: &Storing) -> Result<(Tensors, MergedShard), Error> {
         let path = self.folder.path().join(name);
-        let shard = merge_shard(&self.base, 0, &self.updates, storing, &path, &mut |_| Ok(()))?;
+        let shard = merge_shard(&self.base, 0, &self.updates, storing, None, &path, &mut |_| Ok(()))?;
         Ok((read_all(&Checkpoint::open(&path)?), shard))
     }
 
     fn merge(&self, name: &str) -> Result<Tensors, Error> {
         let path = self.folder.path().join(name);
-        merge_shard(&self.base, 0, &self.updates, &Storing::default(), &path, &mut |_| Ok(()))?;
+        merge_shard(&self.base, 0, &self.updates, &Storing::default(), None, &path, &mut |_| Ok(()))?;
         Ok(read_all(&Checkpoint::open(&path)?))
     }
 }
@@ -336,7 +336,7 @@ fn an_interrupted_merge_leaves_nothing() {
     let case = Case::low_rank(Dtype::F32, [8, 8], &[1.0; 64], 1, &[1.0; 8], &[1.0; 8], 1.0);
     let path = case.folder.path().join("merged.safetensors");
     let result =
-        merge_shard(&case.base, 0, &case.updates, &Storing::default(), &path, &mut |_| Err(Error::Interrupted));
+        merge_shard(&case.base, 0, &case.updates, &Storing::default(), None, &path, &mut |_| Err(Error::Interrupted));
     assert!(matches!(result, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(case.folder.path()).unwrap().count(), 2);
 }

@@ -11,6 +11,7 @@ mod error;
 mod gate;
 mod kernel;
 mod merge;
+mod patch;
 mod rank;
 mod writer;
 
@@ -33,6 +34,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<merge::Update>()?;
     module.add_class::<merge::Comparison>()?;
     module.add_class::<merge::MergedTensor>()?;
+    module.add_class::<patch::Patch>()?;
     module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::fingerprint, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
@@ -44,6 +46,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel::measure_kernel, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(merge::compare, module)?)?;
+    module.add_function(wrap_pyfunction!(patch::unmerge_shard, module)?)?;
     module.add_function(wrap_pyfunction!(gate::set_threads, module)?)?;
     module.add_function(wrap_pyfunction!(gate::threads, module)?)?;
     error::register(module)

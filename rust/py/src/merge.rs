@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::PoisonError;
 
 use lora_compress_core as core;
 use numpy::{PyArray2, PyReadonlyArray2};
@@ -11,6 +12,7 @@ use pyo3::prelude::*;
 use crate::checkpoint::Checkpoint;
 use crate::delta::{array, matrix, parse_dtype};
 use crate::gate;
+use crate::patch::Patch;
 
 /// One low-rank term scale·B·A, by the names of its factors in `adapter`: B (out, r), A (r, in).
 ///
@@ -141,10 +143,10 @@ pub struct MergedTensor {
 /// that is summed.
 ///
 /// Tensors that `updates` does not name are copied byte for byte, or rounded once to `dtype` where that is given. With a seed,
-/// `stochastic`, sums are rounded to BF16 and F16 at random. `progress(bytes)` is called as bytes are written; what it raises ends the
+/// `stochastic`, sums are rounded to BF16 and F16 at random. `patch` gets what leads back to the base. `progress(bytes)` is called as bytes are written; what it raises ends the
 /// merge and leaves nothing behind.
 #[pyfunction]
-#[pyo3(signature = (base, shard, updates, path, progress=None, *, dtype=None, stochastic=None))]
+#[pyo3(signature = (base, shard, updates, path, progress=None, *, dtype=None, stochastic=None, patch=None))]
 #[allow(clippy::too_many_arguments)] // They are Python's, and have names there.
 pub fn merge_shard(
     py: Python<'_>,
@@ -155,14 +157,18 @@ pub fn merge_shard(
     progress: Option<Py<PyAny>>,
     dtype: Option<&str>,
     stochastic: Option<u64>,
+    patch: Option<PyRef<'_, Patch>>,
 ) -> PyResult<(u64, Vec<MergedTensor>)> {
     let updates: core::Updates = updates.into_iter().map(|(name, update)| (name, update.inner)).collect();
     let storing = core::Storing {
         dtype: dtype.map(parse_dtype).transpose()?,
         rounding: stochastic.map_or(core::Rounding::Nearest, core::Rounding::Stochastic),
     };
+    let patch = patch.map(|patch| patch.inner.clone());
     let merged = gate::run_reporting(py, progress, |report| {
-        core::merge_shard(&base.inner, shard, &updates, &storing, &path, report)
+        let mut held = patch.as_ref().map(|patch| patch.lock().unwrap_or_else(PoisonError::into_inner));
+        let patch = held.as_mut().and_then(|held| held.as_mut());
+        core::merge_shard(&base.inner, shard, &updates, &storing, patch, &path, report)
     })?;
     let tensors = merged.tensors.into_iter().map(|tensor| {
         let core::MergedTensor { name, touched, lost, asked, got } = tensor;
