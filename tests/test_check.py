@@ -100,7 +100,7 @@ def test_the_command_says_what_and_exits_accordingly(pair: Pair, tmp_path: Path)
     run = CliRunner()
     path = adapter(tmp_path / "a", {Q.format(0): 8, UP.format(0): 4}, {"rank_pattern": {UP.format(0): 4}})
     done = run.invoke(cli, ["check", str(path), "--for", "sglang", "--json"], standalone_mode=False)
-    assert done.return_value == 1
+    assert done.return_value == 3
     assert json.loads(done.stdout)["checks"][0]["ok"] is False
     done = run.invoke(cli, ["check", str(path)], standalone_mode=False)
     assert "peft: takes it" in done.stdout

@@ -98,7 +98,8 @@ def test_sums_are_exact_and_weighted(tmp_path: Path, rng: np.random.Generator) -
         save(tmp_path / name, tensors, config)
     paths = [adapter((tmp_path / "base", tmp_path / name), tmp_path / f"{name}-ad", 4) for name in ("one", "two")]
     result = lora_compress.combine(tmp_path / "base", paths, tmp_path / "sum", weights=[0.5, -2], dtype="F32")
-    assert result.error == 0
+    # Exact but for the rounding of the factors.
+    assert result.error < 1e-6
     assert {after for _, after in result.ranks.values()} == {8}
     lora_compress.merge(tmp_path / "base", paths, tmp_path / "both", weights=[0.5, -2])
     lora_compress.merge(tmp_path / "base", tmp_path / "sum", tmp_path / "once")
@@ -141,7 +142,7 @@ def test_what_cannot_be_is_said(pair: Pair, tmp_path: Path) -> None:
     large = adapter(pair, tmp_path / "large", 6)
     with pytest.raises(AdapterError, match="with other values"):
         lora_compress.resize(pair[1], large, tmp_path / "no", rank=2)
-    with pytest.raises(SelectionError, match="format of pairs"):
+    with pytest.raises(SelectionError, match="give one of pairs"):
         lora_compress.resize(pair[0], large, tmp_path / "no", rank=2, format="factors")
     with pytest.raises(SelectionError, match="budget"):
         lora_compress.resize(pair[0], large, tmp_path / "no", budget=10)

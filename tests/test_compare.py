@@ -25,8 +25,10 @@ def test_no_decomposition_takes_more_bytes_than_pairs(pair: Pair) -> None:
     for size in result.sizes:
         rows = [row for row in result.rows if row.size == size]
         assert {row.decomposition for row in rows} == {"ab", "shared", "tucker", "interleaved", "best"}
-        errors = [row.error for row in rows]
+        # At rank 1 of these small matrices, not every decomposition fits.
+        errors = [row.error for row in rows if not row.problem]
         assert errors == sorted(errors, key=lambda error: error or 0)
+        assert all("no rank of" in row.problem for row in rows if row.problem)
         pairs = next(row for row in rows if row.decomposition == "ab")
         best = next(row for row in rows if row.decomposition == "best")
         fixed = sum(tensor.nbytes for tensor in pairs.tensors if not tensor.decomposition)

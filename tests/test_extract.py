@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,7 +192,9 @@ def test_missing_tensors_can_be_skipped(make_pair: Callable[..., Pair], tmp_path
     assert treatments == {"a.weight": "low-rank", "b.weight": "missing", "c.weight": "missing"}
 
 
-def test_an_existing_output_and_the_inputs_are_safe(pair: Pair, tmp_path: Path) -> None:
+def test_an_existing_output_and_the_inputs_are_safe(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
@@ -201,8 +204,27 @@ def test_an_existing_output_and_the_inputs_are_safe(pair: Pair, tmp_path: Path) 
         lora_compress.extract(*pair, pair[0], rank=1, force=True)
     with pytest.raises(OutputExistsError, match="would replace the input"):
         lora_compress.extract(*pair, tmp_path, rank=1, force=True)
+    with pytest.raises(OutputExistsError, match="neither an adapter nor a model"):
+        lora_compress.extract(*pair, out, rank=1, force=True)
+    assert (out / "precious").read_text() == "x"
+    (out / "precious").unlink()
+    lora_compress.extract(*pair, out, rank=2)
     lora_compress.extract(*pair, out, rank=1, force=True)
-    assert not (out / "precious").exists()
+    assert load(out)["base_model.model.lm_head.lora_A.weight"].shape[0] == 1
+    with monkeypatch.context() as patch:
+        patch.chdir(out)
+        with pytest.raises(OutputExistsError, match="is where you are"):
+            lora_compress.extract(*pair, ".", rank=1, force=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "base").symlink_to(pair[0])
+    (tmp_path / "links" / "x.safetensors").touch()
+    with pytest.raises(OutputExistsError, match="would replace the input"):
+        lora_compress.extract(tmp_path / "links" / "base", pair[1], tmp_path / "links", rank=1, force=True)
+    (tmp_path / "links" / "base").unlink()
+    (tmp_path / "links" / "x.safetensors").unlink()
+    # An empty directory is filled where it stands.
+    lora_compress.extract(*pair, tmp_path / "links", rank=1)
+    shutil.rmtree(tmp_path / "links")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "tuned"]
 
 

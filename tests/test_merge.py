@@ -162,7 +162,7 @@ def test_verifying_misses_the_side_file(pair: Pair, tmp_path: Path) -> None:
 def test_an_output_inside_an_input_that_exists_is_refused(pair: Pair, tmp_path: Path) -> None:
     lora_compress.extract(*pair, tmp_path / "out", rank=1)
     for target in (pair[0] / "config.json", tmp_path / "out" / "adapter_model.safetensors"):
-        with pytest.raises(lora_compress.LoraCompressError, match="would replace the input"):
+        with pytest.raises(lora_compress.LoraCompressError, match="would replace"):
             lora_compress.merge(pair[0], [tmp_path / "out"], target.with_name(target.name), force=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(lora_compress.LoraCompressError, match="dangling link"):
@@ -194,7 +194,7 @@ def test_weights_scale_each_adapter(tmp_path: Path, rng: np.random.Generator) ->
         exact = values.astype(np.float64)
         expected = exact + 0.25 * (first[name] - exact) - 2 * (second[name] - exact)
         assert np.allclose(merged[name], expected, rtol=0, atol=64 * 2.0**-24), name
-    with pytest.raises(ValueError, match="1 weights for 2 adapters"):
+    with pytest.raises(ValueError, match="one for each of 2 adapters"):
         lora_compress.merge(tmp_path / "base", adapters, tmp_path / "other", weights=[1.0])
 
 

@@ -32,15 +32,18 @@ def test_what_it_writes_can_be_installed_and_tested(tmp_path: Path) -> None:
     environment.run(commands[0])
     listed = json.loads(environment.run("lora-compress plugins list --json"))["plugins"]
     assert {
-        "name": "my-factors:my-factors",
-        "distribution": "my-factors",
+        "name": "lora-compress-my-factors:my-factors",
+        "distribution": "lora-compress-my-factors",
         "version": "0.1.0",
         "decompositions": ["my-factors"],
         "formats": [],
     } in listed
     assert "2 passed" in environment.run(commands[1])
     refused = environment.run("! lora-compress plugins new my-factors -o other 2>&1")
-    assert refused == "error: the decomposition `my-factors` is there already, from `my-factors:my-factors`\n"
+    assert (
+        refused
+        == "error: the decomposition `my-factors` is there already, from `lora-compress-my-factors:my-factors`\n"
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -149,5 +152,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli._run(["plugins", "new", "others", "--quiet"]) == cli.EXIT_FAILED
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "error: `others` exists and is not empty: choose another output or pass --force\n"
+    assert captured.err == "error: `others` exists and is not empty: choose another directory with -o\n"
     assert cli._run(["plugins", "new"]) == cli.EXIT_USAGE

@@ -15,7 +15,7 @@ from lora_compress import AdapterError, CheckpointError
 from lora_compress.cli import cli
 from safetensors.numpy import load_file, save_file
 
-from tests.checkpoints import BF16, save, tiny_llama, tuned_from
+from tests.checkpoints import BF16, Tensors, save, tiny_llama, tuned_from
 from tests.conftest import Pair
 
 
@@ -47,9 +47,8 @@ def test_grown_vocabularies_other_dtypes_and_odd_headers_come_back(
         "scalar": np.array(3.0, np.float32),
         "empty": np.zeros((0, 4), np.float32),
     }
-    tuned = tuned_from({name: values for name, values in base.items() if name != "ids"}, rng) | {
-        "ids": np.arange(5) + 1
-    }
+    odd: Tensors = {"ids": np.arange(5) + 1, "scalar": np.array(4.0, np.float32)}
+    tuned: Tensors = tuned_from({name: values for name, values in base.items() if name not in odd}, rng) | odd
     tuned["model.embed_tokens.weight"] = np.vstack([tuned["model.embed_tokens.weight"], np.ones((2, 24), BF16)])
     paths = make_pair(base, tuned, config)
     # A header that nobody would write: spaces, and keys in another order.

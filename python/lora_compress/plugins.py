@@ -107,7 +107,8 @@ class Plugins:
             self._add(module, import_module(module), "lora-compress", "built-in")
         for entry in _entry_points() if installed else ():
             distribution = entry.dist.name if entry.dist else entry.value
-            with _blame(f"{distribution} ({entry.name})", "cannot be loaded"):
+            out = f"cannot be loaded ({SWITCH}=0 leaves installed plugins out)"
+            with _blame(f"{distribution} ({entry.name})", out):
                 plugin = entry.load()
             self._add(f"{distribution}:{entry.name}", plugin, distribution, entry.dist.version if entry.dist else "")
         for name, plugin in extra:

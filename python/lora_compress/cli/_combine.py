@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +35,14 @@ RESULT = (
 )
 
 
+def check_weights(weights: Sequence[float], adapters: Sequence[object]) -> None:
+    """Raise `click.UsageError` unless there is a number for each adapter, or none at all."""
+    if weights and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
+        raise click.UsageError(
+            f"weights are finite numbers, one --weight for each of the {len(adapters)} adapters: {list(weights)}"
+        )
+
+
 def wishes(asked: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the verbs: there the weights of ranks have a name of their own, as adapters have weights too."""
     return {
@@ -51,5 +61,5 @@ def report(result: CombineResult, *, as_json: bool, quiet: bool) -> None:
         before, after = (max((pair[side] for pair in result.ranks.values()), default=0) for side in (0, 1))
         click.echo(
             f"{result.out}: {size(result.adapter_bytes)}, {len(result.ranks)} tensors, ranks up to {after} (before: "
-            f"{before}), relative error {result.error:.4g}, {result.seconds:.1f} s"
+            f"{before}), relative error {result.error:.4g} to what was given, {result.seconds:.1f} s"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_compress.cli import EXIT_FAILED
+from lora_compress.cli import EXIT_PROMISE_BROKEN
 from lora_compress.cli._console import PATH, command_line, common_options, print_json, progress, size, warn
 
 CONSUMERS = ("peft", "vllm", "sglang", "lorax", "llama.cpp")
@@ -41,7 +41,7 @@ def command(
     quiet: bool,
 ) -> int:
     """Say what a consumer would refuse or misread of ADAPTER, a directory of PEFT's: ranks, scales, patterns, whole
-    weights, embeddings. Exits with 1 where one would.
+    weights, embeddings. Exits with 3 where one would.
 
     --fix writes an adapter that the consumer takes, with the same ΔW but for what it has no place for.
     """
@@ -57,7 +57,7 @@ def command(
         results = [result]
         warn(done.warnings)
         if not quiet and not as_json:
-            click.echo(f"{done.out}: {size(done.adapter_bytes)}")
+            click.echo(f"{done.out}: {size(done.adapter_bytes)}, relative error {done.error:.4g} to the adapter given")
     else:
         results = [check(adapter, consumer) for consumer in consumers or CONSUMERS]
     if as_json:
@@ -71,4 +71,4 @@ def command(
                     f" and {more} more" if more > 0 else ""
                 )
                 click.echo(f"  {finding.level}: {finding.problem}" + (f" ({where})" if where else ""))
-    return 0 if all(result.ok for result in results) else EXIT_FAILED
+    return 0 if all(result.ok for result in results) else EXIT_PROMISE_BROKEN

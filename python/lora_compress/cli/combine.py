@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lora_compress.cli._combine import RESULT, report, wishes
+from lora_compress.cli._combine import RESULT, check_weights, report, wishes
 from lora_compress.cli._console import PATH, command_line, common_options, progress
 from lora_compress.cli._options import RANKS, choice_of, options
 
@@ -40,8 +40,7 @@ def command(
 
     Works on the factors: no ΔW is formed. Without a wish for ranks, each matrix gets as many as the sum has directions.
     """
-    if factors and len(factors) != len(adapters):
-        raise click.UsageError(f"{len(factors)} weights for {len(adapters)} adapters: give one for each, or none")
+    check_weights(factors, adapters)
     asked = choice_of(given)
     from lora_compress.verbs.combine import combine
 

@@ -28,6 +28,8 @@ def command(ranks: list[str], keep: Path | None, as_json: bool, quiet: bool) -> 
     """
     from lora_compress.demo import run
 
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise click.UsageError(f"`{keep}` exists and is not empty: choose another directory to keep things in")
     result = run(ranks, keep=keep)
     if as_json:
         print_json(result.to_json())

@@ -64,5 +64,6 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
         facts.append(("model", result.architecture or "unknown"))
         if result.tied_embedding:
             facts.append(("tied head", f"shares {result.tied_embedding}"))
+    width = max(12, *(len(name) + 2 for name, _ in facts))
     for name, value in facts:
-        click.echo(f"{name:<12}{value}" if len(name) < 12 else f"{name} {value}")
+        click.echo(f"{name:<{width}}{value}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_compress.cli._combine import check_weights
 from lora_compress.cli._console import PATH, common_options, print_json, progress, size, warn
 
 
@@ -53,9 +54,7 @@ def command(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool, qu
     """
     if out.suffix == ".safetensors" and base.is_dir() and (base / "model.safetensors.index.json").is_file():
         raise click.UsageError(f"`{base}` has several shards: -o must name a directory")
-    weights = given["weights"]
-    if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each, or none")
+    check_weights(given["weights"], adapters)
     from lora_compress.verbs.merge import merge
 
     with progress(quiet=quiet or as_json) as bar:

@@ -43,12 +43,15 @@ def list_(as_json: bool, quiet: bool) -> None:
             }
         )
     elif not quiet:
+        packages = {info.name: info.distribution for info in infos}
         rows = [
-            ["decomposition", item.name, f"ΔW[out, in] ← {item.contraction}", host.decompositions.origin(item.name)]
+            [item.name, item.contraction, item.description, packages[host.decompositions.origin(item.name)]]
             for item in host.decompositions
         ]
-        rows += [["format", item.name, "", host.formats.origin(item.name)] for item in host.formats]
-        print_table(["kind ", "name ", "contraction ", "plugin "], rows)
+        print_table(["decomposition ", "ΔW[out, in] ← ", "what it is ", "package "], rows)
+        print_table(
+            ["format ", "package "], [[item.name, packages[host.formats.origin(item.name)]] for item in host.formats]
+        )
 
 
 @command.command(

@@ -52,6 +52,7 @@ def command(base: Path, tuned: Path, adapter: Path, worst: int, as_json: bool, q
             f"{len(result.tensors)} tensors, relative error {result.error:.4f}, merged {result.merged_error:.4f}: "
             f"{promise if result.has_promise else 'no promise to compare with'}, {result.seconds:.1f} s"
         )
+        warn(result.warnings)
         warn([f"`{name}` was not compared, or differs" for name in result.unchecked])
     warn([f"`{tensor.name}`: {tensor.problem}" for tensor in result.problems])
     if result.error > 1:

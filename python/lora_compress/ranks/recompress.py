@@ -55,9 +55,18 @@ def decompose(b: Matrix, a: Matrix) -> Product:
     squares, turned = np.linalg.eigh(inner @ _gram(a.T) @ inner.T)
     order = np.argsort(squares)[::-1]
     squares, turned = np.maximum(squares[order], 0.0), turned[:, order]
-    found = squares > NOISE * (squares[0] if len(squares) else 0.0)
+    # Where the sum of factors cancels, what is left of it is rounding.
+    whole = float(np.sum(root**2)) * float(np.sum(a.astype(np.float64) ** 2)) if len(squares) else 0.0
+    found = squares > NOISE * max(float(squares[0]) if len(squares) else 0.0, whole)
     sigma, turned = np.sqrt(squares[found]), turned[:, found]
     return Product(b, a, sigma, (basis / root) @ turned, turned.T @ inner)
+
+
+def distance(product: tuple[Matrix, Matrix], other: tuple[Matrix, Matrix]) -> float:
+    """‖B·A − B'·A'‖², of pairs of one shape: both as one pair side by side, whose product's energy is tr(BᵀB·AAᵀ)."""
+    left = _gram(np.hstack([product[0], -other[0]]))
+    right = _gram(np.vstack([product[1], other[1]]).T)
+    return max(float(np.sum(left * right)), 0.0)
 
 
 def _gram(tall: NDArray[Any]) -> NDArray[np.float64]:

@@ -94,6 +94,8 @@ def check(adapter: str | Path, consumer: str) -> CheckResult:
 def _facts(path: Path) -> Facts:
     if not path.exists():
         raise FileNotFoundError(2, "No such adapter", str(path))
+    if (path / "adapter_factors.json").is_file():
+        raise AdapterError(f"`{path}` stores factors, which no server reads: `combine` makes pairs of them")
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise AdapterError(f"`{path}` is no adapter of PEFT's: it has no `{CONFIG}` or no `{WEIGHTS}`")
     config = read_json(path / CONFIG)

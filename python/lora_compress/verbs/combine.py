@@ -23,7 +23,7 @@ from lora_compress.errors import AdapterError, SelectionError
 from lora_compress.model import Model, last_component
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
-from lora_compress.ranks.recompress import Product, decompose
+from lora_compress.ranks.recompress import Product, decompose, distance
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.changes import DTYPES, Options
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, repr=False)
 class CombineResult:
     """What `resize` or `combine` did. `ranks`: (before, after) by tensor; `error`: ‖ΔW − stored‖ / ‖ΔW‖ over the
-    low-rank tensors, ΔW being the sum of the adapters given.
+    low-rank tensors, those that were left out included, ΔW being the sum of the adapters given.
     """
 
     out: Path
@@ -122,7 +122,9 @@ def combine(
     started = time.perf_counter()
     weights = tuple(weights) or (1.0,) * len(adapters)
     if not adapters or len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters, each a finite number")
+        raise ValueError(
+            f"weights ({list(weights)}) have to be finite numbers, one for each of {len(adapters)} adapters"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype}) must be one of {tuple(DTYPES)}")
     wishes = {"rank": rank, "budget": budget, "error": error, "weights": rank_weights, "ranks_allowed": ranks_allowed}
@@ -133,14 +135,15 @@ def combine(
     host = plugins.load()
     target = host.formats[format]
     if stores_factors(target):
-        raise SelectionError(f"the format `{format}` stores factors of decompositions: combine into a format of pairs")
+        raise SelectionError(f"the format `{format}` stores factors of decompositions: give one of pairs, such as peft")
     model = Model.open(base)
     parts = [read_adapter(path, model) for path in adapters]
     if not any_base:
         check_made_for(model, parts)
     tied = model.tied_embedding() if tied_head else None
     left_out = matching("--exclude", exclude, sorted({name for part in parts for name in part.tensors()}))
-    names = sorted({name for part in parts for name in (*part.low_rank, *part.computed)} - left_out)
+    factored = {name for part in parts for name in (*part.low_rank, *part.computed)}
+    names = sorted(factored - left_out)
     zeros = _same_kind(model, names, left_out) if choice.layout == "uniform" else []
     progress = progress or Silent()
     progress.begin("decomposing", 0, len(names))
@@ -173,14 +176,16 @@ def combine(
             writer = cast("AdapterWriter", target.writer(folder, plan))
             after: dict[str, int] = {}
             for name in names:
-                b, a = products[name].truncated(ranks[name])
-                sigma = products[name].sigma
+                b, a = (round_to(factor, dtype) for factor in products[name].truncated(ranks[name]))
                 after[name] = b.shape[1]
-                lost.append(float(np.sum(sigma[b.shape[1] :] ** 2)))
-                whole.append(float(np.sum(sigma**2)))
+                lost.append(distance((products[name].b, products[name].a), (b, a)))
+                whole.append(float(np.sum(products[name].sigma ** 2)))
                 if ranks[name]:
-                    b, a = round_to(b, dtype), round_to(a, dtype)
                     writer.write(name, *(_padded(b, a, ranks[name]) if asked and choice.pads else (b, a)))
+            for name in sorted(left_out & factored):
+                energy = float(np.sum(decompose(*_summed(parts, weights, name)).sigma ** 2))
+                lost.append(energy)
+                whole.append(energy)
             side_file.write_stored(folder, model.checkpoint, *exact)
             manifest = _manifest(model, plan, parts, weights, command, ranks, lost, whole)
             side_file.write_manifest(folder, manifest)

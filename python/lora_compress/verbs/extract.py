@@ -34,7 +34,7 @@ from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.plan import check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Treatment
-from lora_compress.verbs.tasks import planned_groups, planned_pairs, tasks, zeros
+from lora_compress.verbs.tasks import check_some_fit, planned_groups, planned_pairs, tasks, zeros
 
 if TYPE_CHECKING:
     from lora_compress.adapter import AdapterWriter, FactorsWriter, Format
@@ -198,6 +198,8 @@ def extract(
     else:
         is_own = plan is None and choice == RankChoice("rank", choice.value, choice.weights)
         work = tasks(changes, method, ranks, int(choice.value) if is_own else None, as_factors=as_factors)
+    if method is not None:
+        check_some_fit(work, method, ranks, as_factors=as_factors)
     adapter_plan = AdapterPlan(
         base=changes.base,
         base_name=base_name or str(base),
@@ -233,6 +235,7 @@ def extract(
             "version": __version__,
             "base": adapter_plan.base_name,
             "base_fingerprint": fingerprint(changes.base.checkpoint),
+            "tuned_fingerprint": fingerprint(changes.tuned.checkpoint),
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract({choice.describe()})",
             "causal_lm": changes.base.architecture.endswith("ForCausalLM"),
@@ -251,6 +254,7 @@ def extract(
         side_file.write_manifest(partial_out, manifest)
         writer.finish(manifest)
         adapter_bytes = sum(path.stat().st_size for path in partial_out.rglob("*.safetensors"))
+    tuned_bytes = sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors())
     return ExtractResult(
         out,
         choice,
@@ -260,13 +264,13 @@ def extract(
         options.dtype,
         tuple(accounts),
         adapter_bytes,
-        sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
+        tuned_bytes,
         time.perf_counter() - started,
         (
             *changes.warnings,
             *failed,
             *(recognise(plan).warnings if plan is not None else ()),
-            *_broken_wishes(choice, accounts, decomposition),
+            *_broken_wishes(choice, accounts, decomposition, tuned_bytes),
         ),
     )
 
@@ -287,7 +291,9 @@ def _check_wishes(
         raise SelectionError(f"the layout `uniform` is one of pairs: the format `{target.name}` stores none")
 
 
-def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount], decomposition: str) -> list[str]:
+def _broken_wishes(
+    choice: RankChoice, accounts: Sequence[TensorAccount], decomposition: str, tuned_bytes: int
+) -> list[str]:
     """Warnings where what is stored is not what was asked for."""
     warnings = []
     error = total_error(accounts)
@@ -300,6 +306,9 @@ def _broken_wishes(choice: RankChoice, accounts: Sequence[TensorAccount], decomp
         warnings.append(
             f"the stored factors leave a relative error of {error:.4g}, above the {choice.value:g} asked for: {why}"
         )
+    stored = sum(account.nbytes for account in accounts)
+    if stored > tuned_bytes:
+        warnings.append(f"the adapter takes {stored / max(tuned_bytes, 1):.0%} of the tuned model's bytes")
     if error > 1:
         warnings.append(
             f"base + adapter is farther from tuned than base alone (relative error {error:.3g}): mind the scale"

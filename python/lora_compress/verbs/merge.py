@@ -161,24 +161,33 @@ def merge(
             if kept is not None:
                 base_patch.finish(kept, folder, model)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
-    lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0
-    gain = math.fsum(tensor.got for tensor in merged) / asked if asked else 1.0
-    warnings = [warning for part in parts for warning in part.warnings]
-    if gain < ENOUGH:
-        warnings.append(
-            f"rounding swallows the update: {gain:.0%} of it arrives, {lost:.0%} of the elements stay as they were. "
-            "Store more digits (--dtype F32), round at random (--rounding stochastic), or serve base and adapter apart"
-        )
+    lost, gain, said = _arrived(merged)
+    warnings = [warning for part in parts for warning in part.warnings] + said
     copied = len(names(model.checkpoint)) - len(updates)
     seconds = time.perf_counter() - started
     return MergeResult(out, len(updates), copied, nbytes, lost, gain, seconds, tuple(warnings))
 
 
+def _arrived(merged: Sequence[MergedTensor]) -> tuple[float, float, list[str]]:
+    """The share of elements whose update was lost, that of the update that arrived, and warnings of either."""
+    touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
+    lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0
+    gain = math.fsum(tensor.got for tensor in merged) / asked if 0 < asked < math.inf else 1.0
+    warnings = []
+    if not math.isfinite(asked):
+        warnings.append("the updates are so large that how much of them arrived cannot be measured: mind the weights")
+    if gain < ENOUGH:
+        warnings.append(
+            f"rounding swallows the update: {gain:.0%} of it arrives, {lost:.0%} of the elements stay as they were. "
+            "Store more digits (--dtype F32), round at random (--rounding stochastic), or serve base and adapter apart"
+        )
+    return lost, gain, warnings
+
+
 def _check_options(adapters: int, weights: Sequence[float], dtype: str | None, rounding: str, seed: int) -> None:
     """Raise `ValueError` for options out of range."""
     if len(weights) != adapters or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{len(weights)} weights for {adapters} adapters, each a finite number")
+        raise ValueError(f"weights ({list(weights)}) have to be finite numbers, one for each of {adapters} adapters")
     if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
         raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
 
@@ -193,7 +202,7 @@ def check_made_for(base: Model, adapters: Sequence[Adapter]) -> None:
             if theirs != ours:
                 raise AdapterError(
                     f"`{adapter.path}` was made for a base with other values than `{base.path}` has: pass --any-base "
-                    "to merge it all the same"
+                    "to go on all the same"
                 )
 
 

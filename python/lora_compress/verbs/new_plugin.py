@@ -14,7 +14,7 @@ from string import Template
 
 from lora_compress import plugins
 from lora_compress._native import __version__
-from lora_compress.errors import PluginError
+from lora_compress.errors import OutputExistsError, PluginError
 from lora_compress.verbs import output
 
 # Where each template goes. None is an empty file.
@@ -48,6 +48,8 @@ def new_plugin(name: str, out: Path | None = None) -> NewPlugin:
     values = {"name": name, "module": module, "requirement": _requirement()}
     templates = files("lora_compress") / "scaffold"
     written = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(f"`{out}` exists and is not empty: choose another directory with -o")
     with output.new_directory(out, force=False) as folder:
         for place, template in FILES.items():
             relative = place.format(module=module)

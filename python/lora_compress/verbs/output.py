@@ -48,14 +48,22 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Raise `OutputExistsError` unless `out` may be written; called before any work."""
     resolved = out.resolve()
     for path in inputs:
-        source = path.resolve()
-        if source == resolved or resolved in source.parents or (out.exists() and source == resolved.parent):
+        source, named = path.resolve(), path.absolute()
+        if source == resolved or resolved in {*source.parents, *named.parents}:
             raise OutputExistsError(f"the output `{out}` would replace the input `{path}`")
+        if out.exists() and source == resolved.parent:
+            raise OutputExistsError(f"the output `{out}` would replace a part of the input `{path}`")
     if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
         raise OutputExistsError(f"`{out}` is a device, a pipe or a dangling link, which is never replaced")
     if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         state = "exists" if out.is_file() else "exists and is not empty"
         raise OutputExistsError(f"`{out}` {state}: choose another output or pass --force")
+    if force and out.is_dir() and any(out.iterdir()):
+        here = Path.cwd()
+        if resolved in {here, *here.parents}:
+            raise OutputExistsError(f"`{out}` is where you are, or above it: that is never replaced")
+        if not _is_ours(out):
+            raise OutputExistsError(f"`{out}` holds neither an adapter nor a model: --force replaces nothing else")
 
 
 def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
@@ -64,6 +72,13 @@ def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None
     if out.is_dir():
         raise OutputExistsError(f"`{out}` is a directory: choose a file")
     out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a directory looks like what is written here: an adapter, a model, or the files beside one."""
+    return any(out.glob("*.safetensors")) or any(
+        (out / name).exists() for name in ("adapter_config.json", "lora_compress")
+    )
 
 
 def _replace(out: Path, partial: Path) -> None:

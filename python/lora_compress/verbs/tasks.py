@@ -102,6 +102,16 @@ def _largest(rungs: Sequence[int], fits: Callable[[int], bool]) -> int:
     return rungs[low - 1] if low else 0
 
 
+def check_some_fit(work: Sequence[Task], method: Decomposition, ranks: Mapping[str, int], *, as_factors: bool) -> None:
+    """Raise `SelectionError` where matrices may have bytes, and no rank of the decomposition takes so few in any."""
+    wanted = [task for task in work if task.method is not None and any(ranks.get(pair.name) for pair in task.pairs)]
+    if wanted and not any(task.rank for task in wanted):
+        instead = "" if as_factors else ", or store its factors themselves with --format factors"
+        raise SelectionError(
+            f"no rank of `{method.name}` fits into what pairs of the planned ranks take: allow more{instead}"
+        )
+
+
 def planned_pairs(work: Sequence[Task], pads: Mapping[str, int]) -> list[PlannedFactors]:
     """The largest pairs that work can end in, padding included.
 

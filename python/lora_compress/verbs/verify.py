@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Comparison, Update, compare, same_bytes
+from lora_compress._native import Comparison, Update, compare, fingerprint, same_bytes
 from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
 from lora_compress.model import Model, names
@@ -74,6 +74,7 @@ class VerifyResult:
     unchecked: tuple[str, ...]
     has_promise: bool
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         state = "as promised" if self.ok else f"{len(self.problems)} not as promised"
@@ -115,6 +116,7 @@ class VerifyResult:
             "seconds": self.seconds,
             "tensors": [tensor.to_json() for tensor in self.tensors],
             "unchecked": list(self.unchecked),
+            "warnings": list(self.warnings),
         }
 
 
@@ -128,6 +130,8 @@ def verify(
     """
     started = time.perf_counter()
     base_model, tuned_model = Model.open(base), Model.open(tuned)
+    if base_model.path.resolve() == tuned_model.path.resolve():
+        raise SelectionError(f"base and tuned are the same model, `{base}`")
     parts = read_adapter(adapter, base_model)
     manifest = read_manifest(Path(adapter))
     promised = {str(row["name"]): row for row in manifest.get("tensors", [])}
@@ -153,7 +157,13 @@ def verify(
         stored = name in parts.replacements
         checks.append(_check(name, comparison, promised.get(name), stored=stored, same_dtype=same_dtype))
         progress.advance(sizes[name], 1, name)
-    return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), time.perf_counter() - started)
+    warnings = []
+    if manifest.get("tuned_fingerprint") not in {None, fingerprint(tuned_model.checkpoint)}:
+        warnings.append(
+            f"`{adapter}` was extracted from another tuned model than `{tuned}` (it says `{manifest.get('tuned')}`)"
+        )
+    seconds = time.perf_counter() - started
+    return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), seconds, tuple(warnings))
 
 
 def _is_comparable(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:
