@@ -110,8 +110,8 @@ $(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
 	$(TORCH_ENV)/bin/pip install --quiet gguf sentencepiece
 	touch $@
 
-.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize
-bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize  ## Measure everything against peers and limits
+.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge
+bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge  ## Measure everything against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
 	$(BENCH)/kernels.py --json $(BENCH_JSON)
 bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
@@ -127,6 +127,9 @@ bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL
 PLUGINS := python:$(subst $() ,:,$(patsubst %,%src,$(wildcard plugins/*/)))
 bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decomposition at equal bytes on real fine-tunes, and how long each takes (an hour)
 	PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks/three_factors.py --cache $(CACHE) --work $(CACHE)/bench --json $(BENCH_JSON)
+
+bench-merge: build $(TORCH_ENV)/bench-ready  ## Merging, against PEFT and a copy of the base
+	$(BENCH)/merging.py --work $(CACHE)/bench --json $(BENCH_JSON)
 
 bench-resize: build $(TORCH_ENV)/bench-ready  ## Resizing an adapter of an 8B model, against the dense way
 	$(BENCH)/resizing.py --work $(CACHE) --json $(BENCH_JSON)

@@ -48,7 +48,7 @@ def list_(as_json: bool, quiet: bool) -> None:
             [item.name, item.contraction, item.description, packages[host.decompositions.origin(item.name)]]
             for item in host.decompositions
         ]
-        print_table(["decomposition ", "ΔW[out, in] ← ", "what it is ", "package "], rows)
+        print_table(["decomposition ", "contraction, ΔW ← ", "what it is ", "package "], rows)
         print_table(
             ["format ", "package "], [[item.name, packages[host.formats.origin(item.name)]] for item in host.formats]
         )
