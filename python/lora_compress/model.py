@@ -27,6 +27,9 @@ EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm|embedder|mapping)).*embed.*|w
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 CONV1D = re.compile(r"c_attn|c_fc|c_proj|q_attn")
 
+# Dtypes that have arithmetic here.
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+
 # Output heads of models with a language-modelling head, by their usual names.
 HEAD = "lm_head"
 # Input embeddings, by the names that transformers gives them.

@@ -10,11 +10,11 @@ from typing import Any
 from lora_compress._native import check_finite, energies, same_bytes
 from lora_compress.adapter import Format, stores_factors
 from lora_compress.errors import PlanError, TensorError
-from lora_compress.model import HEAD, WEIGHT, Model, last_component
+from lora_compress.model import FLOATS, HEAD, WEIGHT, Model, last_component
 from lora_compress.verbs.account import TensorAccount
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress
-from lora_compress.verbs.selection import FLOATS, Pair, Selection, Treatment, matching, refuse, select
+from lora_compress.verbs.selection import Pair, Selection, Treatment, matching, refuse, select
 
 DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 

@@ -27,6 +27,7 @@ from lora_compress.ranks.recompress import Product, decompose, distance
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.changes import DTYPES, Options
+from lora_compress.verbs.decompose import empty, padded
 from lora_compress.verbs.merge import check_made_for, read_adapter
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
@@ -152,8 +153,7 @@ def combine(
         products[name] = product
         progress.advance(0, 1, name)
     for name in zeros:
-        rows, cols = model.checkpoint.info(name).shape
-        products[name] = decompose(np.zeros((rows, 0), np.float32), np.zeros((0, cols), np.float32))
+        products[name] = decompose(*empty(*model.checkpoint.info(name).shape))
     names = sorted(products)
     exact = _whole(parts, weights, left_out)
     ranks = _ranks(model, products, exact, choice if asked else None, dtype, tied, str(base))
@@ -181,7 +181,7 @@ def combine(
                 lost.append(distance((products[name].b, products[name].a), (b, a)))
                 whole.append(float(np.sum(products[name].sigma ** 2)))
                 if ranks[name]:
-                    writer.write(name, *(_padded(b, a, ranks[name]) if asked and choice.pads else (b, a)))
+                    writer.write(name, *(padded(b, a, ranks[name]) if asked and choice.pads else (b, a)))
             for name in sorted(left_out & factored):
                 energy = float(np.sum(decompose(*_summed(parts, weights, name)).sigma ** 2))
                 lost.append(energy)
@@ -287,11 +287,6 @@ def _ranks(
         )
     plan = Plan(base, "adapters", {}, Options(dtype=dtype).to_json(), choice, tuple(tensors), 0).choose(choice)
     return dict.fromkeys(products, 0) | plan.stored_ranks
-
-
-def _padded(b: Float32Matrix, a: Float32Matrix, rank: int) -> tuple[Float32Matrix, Float32Matrix]:
-    missing = max(rank - b.shape[1], 0)
-    return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
 
 
 def _manifest(

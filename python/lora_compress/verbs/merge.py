@@ -30,12 +30,11 @@ from lora_compress._native import (
 )
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
-from lora_compress.model import Model, names
+from lora_compress.model import FLOATS, Model, names
 from lora_compress.verbs import base_patch, output
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.companions import write_companions
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest, with_side_file
 
 SINGLE = "model.safetensors"

@@ -13,9 +13,8 @@ from enum import Enum
 
 from lora_compress._native import TensorInfo, same_bytes
 from lora_compress.errors import SelectionError
-from lora_compress.model import HEAD, WEIGHT, Model
+from lora_compress.model import FLOATS, HEAD, WEIGHT, Model
 
-FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 WHOLE = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 

@@ -14,12 +14,11 @@ from typing import Any
 from lora_compress._native import Comparison, Update, compare, fingerprint, same_bytes
 from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
-from lora_compress.model import Model, names
+from lora_compress.model import FLOATS, Model, names
 from lora_compress.verbs.account import SCHEMA_VERSION, relative
 from lora_compress.verbs.merge import read_adapter
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
-from lora_compress.verbs.selection import FLOATS
 from lora_compress.verbs.side_file import read_manifest
 
 # Verification forms the residual from the files. Extraction may have it from a product with the packed delta: a few

@@ -14,7 +14,7 @@ from lora_compress._native import Checkpoint
 from lora_compress.adapter import Adapter
 from lora_compress.decompositions.network import Network
 from lora_compress.errors import AdapterError
-from lora_compress.model import Model, read_json
+from lora_compress.model import FLOATS, Model, read_json
 
 if TYPE_CHECKING:
     from lora_compress.adapter import Compute, Float32Matrix
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 CONFIG = "adapter_factors.json"
 FACTORS = "adapter_factors.safetensors"
 SCHEMA_VERSION = 1
-FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # A file can ask for products far larger than the matrix they end in; no decomposition needs more than this.
 LARGEST_PRODUCT = 16
 SMALL = 1 << 22
