@@ -20,7 +20,6 @@ from lora_compress.errors import AdapterError, CheckpointError
 from lora_compress.model import Model, read_json
 from lora_compress.verbs import output
 from lora_compress.verbs.account import SCHEMA_VERSION
-from lora_compress.verbs.companions import WEIGHTS
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.side_file import FOLDER
 
@@ -96,7 +95,7 @@ def unmerge(
         for number, shard in enumerate(model.checkpoint.shards):
             unmerge_shard(model.checkpoint, patch, number, folder / shard.name, progress.advance)
         for path in sorted(merged.iterdir()):
-            if path.is_file() and not path.name.endswith(WEIGHTS[:1]) and path.name not in replaced:
+            if path.is_file() and not path.name.endswith(".safetensors") and path.name not in replaced:
                 shutil.copy2(path, folder / path.name)
         for name, stored in replaced.items():
             if stored is not None:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from lora_compress import plugins
-from lora_compress._native import Spectrum, __version__, fingerprint, round_to, same_bytes
+from lora_compress._native import Spectrum, __version__, fingerprint, round_to
 from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, stores_factors
-from lora_compress.errors import AdapterError, SelectionError
+from lora_compress.errors import SelectionError
 from lora_compress.model import Model, last_component
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
@@ -28,7 +28,7 @@ from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.changes import DTYPES, Options
 from lora_compress.verbs.decompose import empty, padded
-from lora_compress.verbs.merge import check_made_for, read_adapter
+from lora_compress.verbs.merge import appended_rows, check_made_for, one_weight_each, read_adapter
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import matching
@@ -121,11 +121,9 @@ def combine(
     Raises as `merge` and `extract` do. Nothing is left behind.
     """
     started = time.perf_counter()
-    weights = tuple(weights) or (1.0,) * len(adapters)
-    if not adapters or len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(
-            f"weights ({list(weights)}) have to be finite numbers, one for each of {len(adapters)} adapters"
-        )
+    if not adapters:
+        raise ValueError("at least one adapter is needed")
+    weights = one_weight_each(adapters, weights)
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype}) must be one of {tuple(DTYPES)}")
     wishes = {"rank": rank, "budget": budget, "error": error, "weights": rank_weights, "ranks_allowed": ranks_allowed}
@@ -155,7 +153,7 @@ def combine(
     for name in zeros:
         products[name] = decompose(*empty(*model.checkpoint.info(name).shape))
     names = sorted(products)
-    exact = _whole(parts, weights, left_out)
+    exact = _whole(parts, weights, left_out), appended_rows(parts, left_out)
     ranks = _ranks(model, products, exact, choice if asked else None, dtype, tied, str(base))
     plan = AdapterPlan(
         base=model,
@@ -187,16 +185,17 @@ def combine(
                 lost.append(energy)
                 whole.append(energy)
             side_file.write_stored(folder, model.checkpoint, *exact)
-            manifest = _manifest(model, plan, parts, weights, command, ranks, lost, whole)
+            total = math.fsum(whole)
+            combined_error = math.sqrt(math.fsum(lost) / total) if total else 0.0
+            manifest = _manifest(model, plan, parts, weights, command, ranks, combined_error)
             side_file.write_manifest(folder, manifest)
             writer.finish(manifest)
         adapter_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     before = {name: products[name].sigma.size for name in names}
-    total = math.fsum(whole)
     return CombineResult(
         out,
         {name: (before[name], after[name]) for name in names},
-        math.sqrt(math.fsum(lost) / total) if total else 0.0,
+        combined_error,
         adapter_bytes,
         time.perf_counter() - started,
         (
@@ -238,23 +237,14 @@ def _same_kind(model: Model, names: Sequence[str], left_out: set[str]) -> list[s
     ]
 
 
-def _whole(
-    parts: Sequence[Adapter], weights: Sequence[float], left_out: set[str]
-) -> tuple[Whole, dict[str, tuple[Any, str]]]:
-    """What adapters store whole, by tensor, with weights; and the rows that one of them appends."""
+def _whole(parts: Sequence[Adapter], weights: Sequence[float], left_out: set[str]) -> Whole:
+    """What adapters store whole, by tensor, with weights."""
     replaced: Whole = {}
-    rows: dict[str, tuple[Any, str]] = {}
     for part, weight in zip(parts, weights, strict=True):
         for name, (checkpoint, key) in part.replacements.items():
             if name not in left_out:
                 replaced.setdefault(name, []).append((checkpoint, key, weight))
-        for name, stored in part.new_rows.items():
-            if name in left_out:
-                continue
-            if name in rows and not same_bytes(rows[name][0], stored[0], rows[name][1], stored[1]):
-                raise AdapterError(f"two of the adapters append different rows to `{name}`")
-            rows[name] = stored
-    return replaced, rows
+    return replaced
 
 
 def _ranks(
@@ -296,11 +286,9 @@ def _manifest(
     weights: Sequence[float],
     command: str | None,
     ranks: Mapping[str, int],
-    lost: Sequence[float],
-    whole: Sequence[float],
+    combined_error: float,
 ) -> dict[str, Any]:
-    """What is known of the result. `lost` and `whole` are energies by tensor, in the order of the names."""
-    total = math.fsum(whole)
+    """What is known of the result."""
     return {
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
@@ -311,6 +299,6 @@ def _manifest(
         "command": command or "lora_compress.combine",
         "causal_lm": model.architecture.endswith("ForCausalLM"),
         "dtype": plan.dtype,
-        "combined_error": math.sqrt(math.fsum(lost) / total) if total else 0.0,
+        "combined_error": combined_error,
         "ranks": dict(ranks),
     }

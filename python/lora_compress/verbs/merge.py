@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,18 +119,19 @@ def merge(
         adapters = [adapters]
     if not adapters:
         raise ValueError("at least one adapter is needed")
-    weights = tuple(weights) or (1.0,) * len(adapters)
-    _check_options(len(adapters), weights, dtype, rounding, seed)
-    if keep_base_patch and (Path(out).suffix == ".safetensors" or dtype is not None):
-        raise ValueError("a patch of the base needs a directory as output, and the base's dtypes")
+    weights = one_weight_each(adapters, weights)
+    if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
+        raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
     out, inputs = Path(out), (Path(base), *map(Path, adapters))
+    as_file = out.suffix == ".safetensors"
+    if keep_base_patch and (as_file or dtype is not None):
+        raise ValueError("a patch of the base needs a directory as output, and the base's dtypes")
     output.check(out, force=force, inputs=inputs)
     model = Model.open(base)
     parts = [read_adapter(path, model) for path in adapters]
     if not any_base:
         check_made_for(model, parts)
     updates = combine(parts, weights)
-    as_file = out.suffix == ".safetensors"
     kept: Patch | None = None
     stochastic = seed if rounding == STOCHASTIC else None
     report = progress or Silent()
@@ -183,12 +184,14 @@ def _arrived(merged: Sequence[MergedTensor]) -> tuple[float, float, list[str]]:
     return lost, gain, warnings
 
 
-def _check_options(adapters: int, weights: Sequence[float], dtype: str | None, rounding: str, seed: int) -> None:
-    """Raise `ValueError` for options out of range."""
-    if len(weights) != adapters or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights ({list(weights)}) have to be finite numbers, one for each of {adapters} adapters")
-    if rounding not in ROUNDINGS or not 0 <= seed < 2**64 or dtype not in {None, *FLOATS}:
-        raise ValueError(f"rounding ({rounding}) is one of {ROUNDINGS}, dtype ({dtype}) a float type, seed of 64 bits")
+def one_weight_each(adapters: Sequence[str | Path], weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights given, or 1 for all where there are none. Raises `ValueError` for others than one for each."""
+    weights = tuple(weights) or (1.0,) * len(adapters)
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"weights ({list(weights)}) have to be finite numbers, one for each of {len(adapters)} adapters"
+        )
+    return weights
 
 
 def check_made_for(base: Model, adapters: Sequence[Adapter]) -> None:
@@ -237,7 +240,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
     low_rank: dict[str, list[LowRank]] = {}
     computed: dict[str, list[Any]] = {}
     replacements: dict[str, list[tuple[Checkpoint, str, float]]] = {}
-    rows: dict[str, tuple[Stored, Path]] = {}
+    rows = appended_rows(adapters)
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, terms in adapter.low_rank.items():
             low_rank.setdefault(name, []).extend(term if weight == 1 else term.scaled(weight) for term in terms)
@@ -252,19 +255,28 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
                     f"it with --exclude '^{re.escape(name)}$', or merge it with weight 1"
                 )
             replacements.setdefault(name, []).append((*stored, float(weight)))
-        for name, stored in adapter.new_rows.items():
-            if name in rows and not same_bytes(rows[name][0][0], stored[0], rows[name][0][1], stored[1]):
-                raise AdapterError(f"`{rows[name][1]}` and `{adapter.path}` append different rows to `{name}`")
-            rows[name] = stored, adapter.path
     return {
         name: Update(
             low_rank=low_rank.get(name, []),
             computed=computed.get(name, []),
             replacements=replacements.get(name, []),
-            new_rows=rows[name][0] if name in rows else None,
+            new_rows=rows.get(name),
         )
         for name in sorted({*low_rank, *computed, *replacements, *rows})
     }
+
+
+def appended_rows(adapters: Sequence[Adapter], left_out: Collection[str] = ()) -> dict[str, Stored]:
+    """The rows that adapters append, by tensor. Raises `AdapterError` where two append different ones."""
+    rows: dict[str, tuple[Stored, Path]] = {}
+    for adapter in adapters:
+        for name, stored in adapter.new_rows.items():
+            if name in left_out:
+                continue
+            if name in rows and not same_bytes(rows[name][0][0], stored[0], rows[name][0][1], stored[1]):
+                raise AdapterError(f"`{rows[name][1]}` and `{adapter.path}` append different rows to `{name}`")
+            rows[name] = stored, adapter.path
+    return {name: stored for name, (stored, _) in rows.items()}
 
 
 def _scaled(make: Any, weight: float) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,7 @@ def tasks(
     """All changed tensors, each in one task, in the order of the models' names.
 
     `ranks` has a rank for every matrix that may be stored; `own_rank` is the decomposition's, where a number was all
-    that was asked for. Raises `PluginError` where the decomposition's own rules
-    fail.
+    that was asked for. Raises `PluginError` where the decomposition's own rules fail.
     """
     pairs = {pair.name: pair for pair in changes.low_rank if pair.elements}
     whole = [Task((pair,)) for pair in changes.changed if pair.name not in pairs]
@@ -71,7 +70,7 @@ def tasks(
         decomposed = []
         for group in groups:
             task = Task(tuple(pairs[layer.name] for layer in group), method)
-            decomposed.append(Task(task.pairs, method, _rank(task, method, ranks, own_rank, as_factors=as_factors)))
+            decomposed.append(replace(task, rank=_rank(task, method, ranks, own_rank, as_factors=as_factors)))
     return sorted([*whole, *decomposed], key=lambda task: task.name)
 
 

@@ -84,7 +84,7 @@ pub fn merge_shard(
             }
             None => info.shape.clone(),
         };
-        let dtype = storing.dtype.filter(|_| info.dtype.is_computable()).unwrap_or(info.dtype);
+        let dtype = storing.target(info.dtype);
         specs.push(Spec { name: name.clone(), dtype, shape });
     }
     let file = PlacedFile::create(path, &specs, shard.metadata())?;
@@ -206,12 +206,12 @@ fn copy(base: &Checkpoint, name: &str, panel: Range<usize>, storing: &Storing, f
     let unit = if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 };
     let mut bytes = vec![0u8; panel.len() * unit as usize];
     base.read_bytes(name, panel.start as u64 * unit, &mut bytes)?;
-    match storing.dtype {
-        Some(target) if info.dtype.is_computable() && target != info.dtype => {
-            let converted = rounding::convert(name, panel.start, (info.dtype, target), &bytes)?;
-            file.write(name, panel.start as u64 * target.bits() / 8, &converted)?;
-        }
-        _ => file.write(name, panel.start as u64 * unit, &bytes)?,
+    let target = storing.target(info.dtype);
+    if target == info.dtype {
+        file.write(name, panel.start as u64 * unit, &bytes)?;
+    } else {
+        let converted = rounding::convert(name, panel.start, (info.dtype, target), &bytes)?;
+        file.write(name, panel.start as u64 * target.bits() / 8, &converted)?;
     }
     Ok(Applied::default())
 }

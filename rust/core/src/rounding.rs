@@ -14,6 +14,13 @@ pub struct Storing {
     pub rounding: Rounding,
 }
 
+impl Storing {
+    /// The dtype that a tensor of this one is stored in: whole numbers keep theirs.
+    pub(crate) fn target(&self, dtype: Dtype) -> Dtype {
+        self.dtype.filter(|_| dtype.is_computable()).unwrap_or(dtype)
+    }
+}
+
 /// How a sum becomes a value of a dtype.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Rounding {

@@ -156,9 +156,9 @@ impl LoadedUpdate<'_> {
         (self.rows, self.cols)
     }
 
-    /// The dtype that is stored: whole numbers keep theirs.
+    /// The dtype that is stored.
     pub(crate) fn target(&self, storing: &Storing) -> Dtype {
-        storing.dtype.filter(|_| self.dtype.is_computable()).unwrap_or(self.dtype)
+        storing.target(self.dtype)
     }
 
     /// Whether stored values take the place of the base's.
