@@ -257,7 +257,7 @@ def test_mixed_dtypes_are_subtracted_and_merged_into_the_base_dtype(
 def test_the_advice_to_exclude_holds(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
     one = np.ones((4, 4), np.float32)
     nan = np.full((4, 4), np.nan, np.float32)
-    for bad in (np.ones((3, 4), np.float32), np.ones((5, 7), np.float32), np.array(1.0, np.float32), nan):
+    for bad in (np.ones((4, 3), np.float32), np.ones((5, 7), np.float32), np.array(1.0, np.float32), nan):
         paths = make_pair({"a.weight": one, "z": one}, {"a.weight": one * 2, "z": bad})
         with pytest.raises(lora_compress.LoraCompressError, match="exclude"):
             lora_compress.extract(*paths, tmp_path / "out", rank=1, force=True)

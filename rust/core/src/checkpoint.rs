@@ -1,166 +1,152 @@
-//! Reading checkpoints: one safetensors file, or a directory with `model.safetensors` or a sharded index.
+//! Reading checkpoints: files of safetensors or PyTorch, alone or as the shards of a directory.
 //!
-//! Opening reads and validates every header and nothing else. Tensors are read by position (`pread`) into the caller's
+//! Opening reads and validates every list of tensors and nothing else. Tensors are read by position (`pread`) into the caller's
 //! buffer, never mapped: a file that is truncated while in use gives an error, where a mapping would kill the process with
 //! SIGBUS, and the core needs no `unsafe` for it. Reads of one tensor from many threads need no lock.
+//!
+//! Whoever reads sees row-major little-endian elements of a shape, whatever the file has: views are gathered (`torch`), eight-bit
+//! weights multiplied by their scales (`scaled`), and `NAME[e]` is the e-th matrix of a tensor of more dimensions.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
-use serde::Deserialize;
-
+use crate::directory;
 use crate::dtype::Dtype;
 use crate::error::{Error, IndexFault, IoContext, Result};
-use crate::header::{Header, PREFIX, TensorInfo, header_len};
+use crate::file::read_at;
+use crate::header::{TensorInfo, byte_count};
+use crate::scaled::{self, Grid};
+use crate::shard::Opened;
+pub use crate::shard::Shard;
+use crate::torch::Strided;
 
-/// File name of an unsharded checkpoint.
-const SINGLE: &str = "model.safetensors";
-/// File name of a shard index.
-const INDEX: &str = "model.safetensors.index.json";
-/// No real index comes near this size; a larger one is an attack on memory.
-const MAX_INDEX: u64 = 100_000_000;
-
-/// One file of a checkpoint.
-#[derive(Debug)]
-pub struct Shard {
-    path: PathBuf,
-    file: File,
-    /// Names in file order, so that streaming a shard reads it front to back.
-    names: Vec<String>,
-    metadata: BTreeMap<String, String>,
+/// A tensor as it is stored, and what has to be done to read it.
+#[derive(Debug, Clone)]
+struct Entry {
+    shard: usize,
+    stored: TensorInfo,
+    layout: Layout,
 }
 
-impl Shard {
-    /// Path of the file.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Names of the tensors, in file order.
-    #[must_use]
-    pub fn names(&self) -> &[String] {
-        &self.names
-    }
-
-    /// The header's free-form metadata.
-    #[must_use]
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
-    }
-
-    /// Whether both are one file, by whatever names they were opened.
-    #[must_use]
-    pub fn is_same_file(&self, other: &Self) -> bool {
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::MetadataExt;
-            let identity = |shard: &Self| shard.file.metadata().ok().map(|data| (data.dev(), data.ino()));
-            identity(self).is_some_and(|id| identity(other) == Some(id))
-        }
-        #[cfg(not(unix))]
-        {
-            match (self.path.canonicalize(), other.path.canonicalize()) {
-                (Ok(ours), Ok(theirs)) => ours == theirs,
-                _ => false,
-            }
-        }
-    }
-
-    fn open(path: &Path) -> Result<(Self, Vec<(String, TensorInfo)>)> {
-        let fault = |fault| Error::Header { path: path.to_path_buf(), fault };
-        let file = File::open(path).at(path)?;
-        let file_len = file.metadata().at(path)?.len();
-        let mut prefix = vec![0u8; PREFIX.min(file_len) as usize];
-        read_at(&file, &mut prefix, 0).at(path)?;
-        let len = header_len(&prefix, file_len).map_err(fault)?;
-        let mut json = vec![0u8; len as usize];
-        read_at(&file, &mut json, PREFIX).at(path)?;
-        let Header { tensors, metadata } = Header::parse(&json, file_len).map_err(fault)?;
-        let names = tensors.iter().map(|(name, _)| name.clone()).collect();
-        Ok((Self { path: path.to_path_buf(), file, names, metadata }, tensors))
-    }
+#[derive(Debug, Clone)]
+enum Layout {
+    Plain,
+    /// Gathered when first read, and kept: such tensors are rare.
+    Strided(Strided, Arc<OnceLock<Vec<u8>>>),
+    /// Eight bits times scales, read as F32.
+    Scaled(Grid, Arc<Entry>),
+    /// Eight bits alone, read as BF16.
+    Widened,
 }
 
 /// A validated, opened checkpoint.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
-    tensors: BTreeMap<String, (usize, TensorInfo)>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+/// What a name stands for.
+struct Found<'a> {
+    shard: &'a Shard,
+    entry: &'a Entry,
+    info: TensorInfo,
+    /// Where it begins among the bytes of the whole tensor.
+    first: u64,
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, or a directory that holds `model.safetensors` or `model.safetensors.index.json`.
+    /// Opens a file, or a directory that holds `model.safetensors` or `pytorch_model.bin`, a shard index, or one safetensors
+    /// file of any other name.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read, [`Error::NoCheckpoint`] when a directory holds neither file,
-    /// [`Error::Header`] and [`Error::Index`] when a file contradicts its format.
+    /// [`Error::Io`] when a file cannot be read, [`Error::NoCheckpoint`] when a directory holds none, [`Error::Header`],
+    /// [`Error::Torch`], [`Error::Index`] and [`Error::Scales`] when a file contradicts its format.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_dir() {
-            return Self::from_shards(path, vec![Shard::open(path)?]);
-        }
-        let single = path.join(SINGLE);
-        if single.is_file() {
-            return Self::from_shards(path, vec![Shard::open(&single)?]);
-        }
-        let index = path.join(INDEX);
-        if index.is_file() {
-            return Self::open_sharded(path, &index);
-        }
-        Err(Error::NoCheckpoint { path: path.to_path_buf(), hint: hint(path) })
+        let (files, index) = if path.is_dir() { directory::open(path)? } else { (vec![Shard::open(path)?], None) };
+        Self::from_files(path, files, index.as_deref().unwrap_or(path))
     }
 
-    fn open_sharded(path: &Path, index: &Path) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let fault = |fault| Error::Index { path: index.to_path_buf(), fault };
-
-        let len = std::fs::metadata(index).at(index)?.len();
-        if len > MAX_INDEX {
-            return Err(fault(IndexFault::TooLarge(len)));
-        }
-        let json = std::fs::read(index).at(index)?;
-        let Index { weight_map } =
-            serde_json::from_slice(&json).map_err(|error| fault(IndexFault::Json(error.to_string())))?;
-        let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, shard) in &weight_map {
-            if !is_plain_file_name(shard) {
-                return Err(fault(IndexFault::ShardName(shard.clone())));
-            }
-            by_shard.entry(shard).or_default().push(tensor);
-        }
-        let shards = by_shard.keys().map(|shard| Shard::open(&path.join(shard))).collect::<Result<Vec<_>>>()?;
-        for ((shard, promised), (_, tensors)) in by_shard.iter().zip(&shards) {
-            let held: std::collections::HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
-            if let Some(tensor) = promised.iter().find(|tensor| !held.contains(*tensor)) {
-                return Err(fault(IndexFault::NotInShard { tensor: (*tensor).into(), shard: (*shard).into() }));
-            }
-        }
-        Self::from_shards(path, shards)
-    }
-
-    fn from_shards(path: &Path, opened: Vec<(Shard, Vec<(String, TensorInfo)>)>) -> Result<Self> {
-        let mut shards: Vec<Shard> = Vec::with_capacity(opened.len());
-        let mut all: BTreeMap<String, (usize, TensorInfo)> = BTreeMap::new();
-        for (number, (shard, tensors)) in opened.into_iter().enumerate() {
-            for (name, info) in tensors {
-                if let Some((other, _)) = all.get(&name) {
+    fn from_files(path: &Path, files: Vec<Opened>, index: &Path) -> Result<Self> {
+        let mut shards: Vec<Shard> = Vec::with_capacity(files.len());
+        let mut tensors: BTreeMap<String, Entry> = BTreeMap::new();
+        for (number, (shard, listed)) in files.into_iter().enumerate() {
+            for (name, stored, strided) in listed {
+                if let Some(other) = tensors.get(&name) {
                     let fault = IndexFault::InTwoShards {
-                        first: shards.get(*other).map(file_name).unwrap_or_default(),
-                        second: file_name(&shard),
+                        first: shards.get(other.shard).map(Shard::file_name).unwrap_or_default(),
+                        second: shard.file_name(),
                         tensor: name,
                     };
-                    return Err(Error::Index { path: path.join(INDEX), fault });
+                    return Err(Error::Index { path: index.into(), fault });
                 }
-                all.insert(name, (number, info));
+                let layout = strided.map_or(Layout::Plain, |strided| Layout::Strided(strided, Arc::default()));
+                tensors.insert(name, Entry { shard: number, stored, layout });
             }
             shards.push(shard);
         }
-        Ok(Self { path: path.to_path_buf(), shards, tensors: all })
+        let mut checkpoint = Self { path: path.to_path_buf(), shards, tensors };
+        checkpoint.join_scales()?;
+        Ok(checkpoint)
+    }
+
+    /// Gives eight-bit weights their scales, which are no tensors of their own from here on.
+    fn join_scales(&mut self) -> Result<()> {
+        let mut used = BTreeSet::new();
+        let mut layouts = Vec::new();
+        for (name, entry) in &self.tensors {
+            if !scaled::is_fp8(entry.stored.dtype) || !matches!(entry.layout, Layout::Plain) {
+                continue;
+            }
+            let scale = scaled::scale_names(name).into_iter().find_map(|scale| self.tensors.get_key_value(&scale));
+            let Some((scale, found)) = scale else {
+                layouts.push((name.clone(), Layout::Widened));
+                continue;
+            };
+            let grid = Grid::new(&entry.stored.shape, &found.stored.shape);
+            let is_plain = scaled::is_scale(found.stored.dtype) && matches!(found.layout, Layout::Plain);
+            // Read as F32, it has to be as countable as any other tensor.
+            let (Some(grid), true, Some(_)) = (grid, is_plain, byte_count(Dtype::F32, &entry.stored.shape)) else {
+                let (scales, weight) = (found.stored.shape.clone(), name.clone());
+                return Err(Error::Scales { path: self.path.clone(), name: scale.clone(), scales, weight });
+            };
+            layouts.push((name.clone(), Layout::Scaled(grid, Arc::new(found.clone()))));
+            used.insert(scale.clone());
+        }
+        for (name, layout) in layouts {
+            if let Some(entry) = self.tensors.get_mut(&name) {
+                entry.layout = layout;
+            }
+        }
+        if !used.is_empty() {
+            self.tensors.retain(|name, _| !used.contains(name));
+            self.shards.iter_mut().for_each(|shard| shard.names.retain(|name| !used.contains(name)));
+        }
+        Ok(())
+    }
+
+    /// The same checkpoint with other names: `names` has the new one for each that changes.
+    ///
+    /// # Errors
+    /// [`Error::TensorMissing`] for a name that is not there, [`Error::Renamed`] when two tensors would have the same.
+    pub fn renamed(&self, names: &BTreeMap<String, String>) -> Result<Self> {
+        if let Some(missing) = names.keys().find(|name| !self.tensors.contains_key(*name)) {
+            return Err(Error::TensorMissing { path: self.path.clone(), name: missing.clone() });
+        }
+        let new = |name: &String| names.get(name).unwrap_or(name).clone();
+        let mut tensors = BTreeMap::new();
+        for (name, entry) in &self.tensors {
+            if tensors.insert(new(name), entry.clone()).is_some() {
+                return Err(Error::Renamed { path: self.path.clone(), name: new(name) });
+            }
+        }
+        let mut shards = self.shards.clone();
+        for shard in &mut shards {
+            shard.names.iter_mut().for_each(|name| *name = new(name));
+        }
+        Ok(Self { path: self.path.clone(), shards, tensors })
     }
 
     /// The path this checkpoint was opened from.
@@ -176,22 +162,22 @@ impl Checkpoint {
     }
 
     /// All tensors, sorted by name.
-    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &TensorInfo)> {
-        self.tensors.iter().map(|(name, (_, info))| (name.as_str(), info))
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, TensorInfo)> {
+        self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.info()))
     }
 
     /// Whether a tensor of that name exists.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.find(name).is_ok()
     }
 
     /// Dtype, shape and place of a tensor.
     ///
     /// # Errors
     /// [`Error::TensorMissing`].
-    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        Ok(self.find(name)?.1)
+    pub fn info(&self, name: &str) -> Result<TensorInfo> {
+        Ok(self.find(name)?.info)
     }
 
     /// The file that holds a tensor.
@@ -199,7 +185,20 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::TensorMissing`].
     pub fn shard_of(&self, name: &str) -> Result<&Shard> {
-        Ok(self.find(name)?.0)
+        Ok(self.find(name)?.shard)
+    }
+
+    /// Whether every file is safetensors and every tensor is stored as it is read: only then is a header all there is to know.
+    #[must_use]
+    pub fn is_stored_as_read(&self) -> bool {
+        let plain = |entry: &Entry| matches!(entry.layout, Layout::Plain);
+        self.shards.iter().all(Shard::is_safetensors) && self.tensors.values().all(plain)
+    }
+
+    /// Where a tensor lies in its file, if it lies there as it is read.
+    pub(crate) fn place(&self, name: &str) -> Result<Option<u64>> {
+        let found = self.find(name)?;
+        Ok(matches!(found.entry.layout, Layout::Plain).then_some(found.info.offset))
     }
 
     /// Reads `out.len()` bytes of a tensor, beginning at its byte `begin`.
@@ -207,16 +206,79 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::TensorMissing`]; [`Error::Io`] when the range leaves the tensor or the file has shrunk since opening.
     pub fn read_bytes(&self, name: &str, begin: u64, out: &mut [u8]) -> Result<()> {
-        let (shard, info) = self.find(name)?;
-        let fits = begin.checked_add(out.len() as u64).is_some_and(|end| end <= info.nbytes);
+        let found = self.find(name)?;
+        let fits = begin.checked_add(out.len() as u64).is_some_and(|end| end <= found.info.nbytes);
         if !fits {
             let source =
                 std::io::Error::new(std::io::ErrorKind::UnexpectedEof, format!("read past the end of `{name}`"));
-            return Err(Error::Io { path: shard.path.clone(), source });
+            return Err(Error::Io { path: found.shard.path().into(), source });
         }
-        read_at(&shard.file, out, info.offset + begin)
+        let begin = found.first + begin;
+        let entry = found.entry;
+        match &entry.layout {
+            Layout::Plain => self.read_stored(entry, name, begin, out),
+            Layout::Strided(strided, gathered) => {
+                let gathered = match gathered.get() {
+                    Some(gathered) => gathered,
+                    None => {
+                        let mut spanned = vec![0u8; strided.span as usize];
+                        self.read_stored(entry, name, 0, &mut spanned)?;
+                        let size = entry.stored.dtype.bits() as usize / 8;
+                        gathered.get_or_init(|| strided.gather(&entry.stored.shape, size, &spanned))
+                    }
+                };
+                let held = gathered.get(begin as usize..begin as usize + out.len());
+                out.copy_from_slice(held.unwrap_or(&vec![0; out.len()]));
+                Ok(())
+            }
+            Layout::Scaled(grid, scales) => {
+                const SIZE: usize = size_of::<f32>();
+                let (first, bytes) = self.read_whole_elements(entry, name, begin, out.len(), SIZE)?;
+                let needed = grid.needed(first, first + bytes.len());
+                let size = scales.stored.dtype.bits() as usize / 8;
+                let mut raw = vec![0u8; needed.len() * size];
+                self.read_stored(scales, name, (needed.start * size) as u64, &mut raw)?;
+                let scales = scaled::decode_scales(scales.stored.dtype, &raw).unwrap_or_default();
+                let mut values = vec![0f32; bytes.len()];
+                grid.apply(entry.stored.dtype, first, &bytes, &scales, &mut values);
+                let skipped = begin as usize - first * SIZE;
+                let values: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                out.copy_from_slice(&values[skipped..skipped + out.len()]);
+                Ok(())
+            }
+            Layout::Widened => {
+                const SIZE: usize = size_of::<u16>();
+                let (first, bytes) = self.read_whole_elements(entry, name, begin, out.len(), SIZE)?;
+                let mut values = vec![0u8; bytes.len() * SIZE];
+                scaled::widen(entry.stored.dtype, &bytes, &mut values);
+                let skipped = begin as usize - first * SIZE;
+                out.copy_from_slice(&values[skipped..skipped + out.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    /// The stored bytes of the elements that `len` read bytes from `begin` on fall into, and the first one's number.
+    fn read_whole_elements(
+        &self,
+        entry: &Entry,
+        name: &str,
+        begin: u64,
+        len: usize,
+        size: usize,
+    ) -> Result<(usize, Vec<u8>)> {
+        let first = begin as usize / size;
+        let last = (begin as usize + len).div_ceil(size).max(first);
+        let mut bytes = vec![0u8; last - first];
+        self.read_stored(entry, name, first as u64, &mut bytes)?;
+        Ok((first, bytes))
+    }
+
+    fn read_stored(&self, entry: &Entry, name: &str, begin: u64, out: &mut [u8]) -> Result<()> {
+        let shard = self.shard(entry, name)?;
+        read_at(shard.file(), out, entry.stored.offset + begin)
             .map_err(|error| std::io::Error::new(error.kind(), format!("tensor `{name}`: {error}")))
-            .at(&shard.path)
+            .at(shard.path())
     }
 
     /// Asks the system to have a tensor read by the time it is wanted. A hint: where the system takes none, nothing happens.
@@ -224,17 +286,19 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::TensorMissing`].
     pub fn announce(&self, name: &str) -> Result<()> {
-        let (shard, info) = self.find(name)?;
+        let found = self.find(name)?;
         #[cfg(target_os = "linux")]
         {
             use rustix::fs::{Advice, fadvise};
+            let whole = matches!(found.entry.layout, Layout::Plain);
+            let info = if whole { &found.info } else { &found.entry.stored };
             // Without a length it would be the rest of the file.
             if let Some(length) = std::num::NonZeroU64::new(info.nbytes) {
-                let _ = fadvise(&shard.file, info.offset, Some(length), Advice::WillNeed);
+                let _ = fadvise(found.shard.file(), info.offset, Some(length), Advice::WillNeed);
             }
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = (shard, info);
+        let _ = found;
         Ok(())
     }
 
@@ -264,56 +328,56 @@ impl Checkpoint {
         Error::UnsupportedDtype { path: self.path.clone(), name: name.into(), dtype }
     }
 
-    fn find(&self, name: &str) -> Result<(&Shard, &TensorInfo)> {
-        self.tensors
-            .get(name)
-            .and_then(|(shard, info)| Some((self.shards.get(*shard)?, info)))
-            .ok_or_else(|| Error::TensorMissing { path: self.path.clone(), name: name.into() })
+    fn shard(&self, entry: &Entry, name: &str) -> Result<&Shard> {
+        self.shards.get(entry.shard).ok_or_else(|| self.missing(name))
     }
-}
 
-fn file_name(shard: &Shard) -> String {
-    shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// Whether joining `name` to a directory stays in that directory, on every platform.
-fn is_plain_file_name(name: &str) -> bool {
-    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0'])
-}
-
-/// Names what a directory holds instead of a checkpoint, so that the user need not look.
-fn hint(path: &Path) -> String {
-    let mut names: Vec<String> = std::fs::read_dir(path)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors")) {
-        return format!(": name the file itself if you mean `{name}`");
+    fn missing(&self, name: &str) -> Error {
+        Error::TensorMissing { path: self.path.clone(), name: name.into() }
     }
-    match names.iter().find(|name| [".bin", ".pt", ".pth"].iter().any(|ending| name.ends_with(ending))) {
-        Some(name) => format!(": `{name}` is a pickle, save it as safetensors first"),
-        None => String::new(),
-    }
-}
 
-#[cfg(unix)]
-fn read_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
-}
-
-#[cfg(windows)]
-fn read_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-    while !out.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => {
-                out = &mut out[n..];
-                offset += n as u64;
-            }
+    fn find(&self, name: &str) -> Result<Found<'_>> {
+        if let Some(entry) = self.tensors.get(name) {
+            return Ok(Found { shard: self.shard(entry, name)?, entry, info: entry.info(), first: 0 });
         }
+        let (entry, info, first) = self.matrix(name).ok_or_else(|| self.missing(name))?;
+        Ok(Found { shard: self.shard(entry, name)?, entry, info, first })
     }
-    Ok(())
+
+    /// `NAME[e]`: the e-th of the matrices that lie along the first dimension of a tensor.
+    fn matrix(&self, name: &str) -> Option<(&Entry, TensorInfo, u64)> {
+        let (whole, number) = split_number(name)?;
+        let entry = self.tensors.get(whole)?;
+        let mut info = entry.info();
+        let [count, shape @ ..] = info.shape.as_slice() else { return None };
+        if number >= *count || shape.len() < 2 {
+            return None;
+        }
+        let nbytes = info.nbytes / *count as u64;
+        let first = nbytes * number as u64;
+        info = TensorInfo { shape: shape.to_vec(), offset: info.offset + first, nbytes, ..info };
+        Some((entry, info, first))
+    }
+}
+
+/// The parts of `NAME[e]`.
+pub(crate) fn split_number(name: &str) -> Option<(&str, usize)> {
+    let (whole, number) = name.strip_suffix(']')?.rsplit_once('[')?;
+    // One spelling for one matrix.
+    let is_plain = number == "0" || (!number.starts_with(['0', '+']) && !number.is_empty());
+    is_plain.then(|| number.parse().ok().map(|number| (whole, number)))?
+}
+
+impl Entry {
+    /// The tensor as it is read.
+    fn info(&self) -> TensorInfo {
+        let dtype = match self.layout {
+            Layout::Plain | Layout::Strided(..) => return self.stored.clone(),
+            Layout::Scaled(..) => Dtype::F32,
+            Layout::Widened => Dtype::BF16,
+        };
+        // Counted when it was opened: eight bits became at most 32.
+        let nbytes = self.stored.nbytes * (dtype.bits() / 8);
+        TensorInfo { dtype, nbytes, ..self.stored.clone() }
+    }
 }

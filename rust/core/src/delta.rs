@@ -42,8 +42,8 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Reads `name` on both sides and subtracts. Where tuned has more rows than base (a grown vocabulary), the delta covers
-    /// the rows of the base.
+    /// Reads `name` on both sides and subtracts. Where one side has more rows (a grown vocabulary, or a padded one), the
+    /// delta covers the rows that both have.
     ///
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::ShapeMismatch`], [`Error::Io`];

@@ -20,6 +20,8 @@ enum Source {
         base: Arc<Checkpoint>,
         tuned: Arc<Checkpoint>,
         dtypes: (Dtype, Dtype),
+        /// Of what tuned was rounded to.
+        unit_roundoff: f64,
     },
     Memory(Arc<Vec<f32>>),
     /// The rows of the first, those of the second, and so on.
@@ -68,14 +70,15 @@ pub(crate) fn with_scratch<T>(len: usize, job: impl FnOnce(&mut [f32], &mut Scra
 }
 
 impl Difference {
-    /// Of the tensor `name`. Where tuned has more rows than base (a grown vocabulary), the rows of the base.
+    /// Of the tensor `name`. Where one side has more rows (a grown vocabulary, or a padded one), the rows that both have.
     ///
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::ShapeMismatch`].
     pub(crate) fn open(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> Result<Self> {
         let (rows, cols) = overlap(base, tuned, name)?;
         let dtypes = (base.computable(name)?, tuned.computable(name)?);
-        let source = Source::Files { base: Arc::clone(base), tuned: Arc::clone(tuned), dtypes };
+        let unit_roundoff = tuned.info(name)?.stored.unit_roundoff().unwrap_or(0.0);
+        let source = Source::Files { base: Arc::clone(base), tuned: Arc::clone(tuned), dtypes, unit_roundoff };
         Ok(Self { source, name: name.into(), rows, cols })
     }
 
@@ -110,7 +113,7 @@ impl Difference {
     /// Of tuned's dtype, 0 for values in memory; the largest in a stack.
     fn unit_roundoff(&self) -> f64 {
         match &self.source {
-            Source::Files { dtypes, .. } => dtypes.1.unit_roundoff().unwrap_or(0.0),
+            Source::Files { unit_roundoff, .. } => *unit_roundoff,
             Source::Memory(_) => 0.0,
             Source::Stack(parts) => parts.iter().map(Self::unit_roundoff).fold(0.0, f64::max),
         }
@@ -190,7 +193,7 @@ impl Difference {
         /// Elements that stay in the first-level cache from the decoding to the sums.
         const CACHED: usize = 2048;
         let (base, tuned, dtypes) = match &self.source {
-            Source::Files { base, tuned, dtypes } => (base, tuned, *dtypes),
+            Source::Files { base, tuned, dtypes, .. } => (base, tuned, *dtypes),
             Source::Stack(parts) => {
                 let mut sums = Sums::default();
                 for (part, first, own) in within(parts, &(begin..begin + out.len()), |part| part.rows * part.cols) {
@@ -283,16 +286,13 @@ pub fn check_finite(checkpoint: &Checkpoint, name: &str, first_row: usize) -> Re
 
 /// Matrix shape of the part that both sides have.
 fn overlap(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<(usize, usize)> {
-    let (left, right) = (&base.info(name)?.shape, &tuned.info(name)?.shape);
+    let (left, right) = (base.info(name)?.shape, tuned.info(name)?.shape);
     let mismatch = || Error::ShapeMismatch { name: name.into(), base: left.clone(), tuned: right.clone() };
     match (left.as_slice(), right.as_slice()) {
         ([], []) => Ok((1, 1)),
         ([base_rows, base_rest @ ..], [tuned_rows, tuned_rest @ ..]) if base_rest == tuned_rest => {
-            if tuned_rows < base_rows {
-                return Err(mismatch());
-            }
-            let cols: usize = base_rest.iter().product();
-            Ok(if base_rest.is_empty() { (1, *base_rows) } else { (*base_rows, cols) })
+            let (rows, cols) = (*base_rows.min(tuned_rows), base_rest.iter().product());
+            Ok(if base_rest.is_empty() { (1, rows) } else { (rows, cols) })
         }
         _ => Err(mismatch()),
     }

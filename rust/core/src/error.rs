@@ -21,7 +21,7 @@ pub enum Error {
     },
 
     /// A directory holds no checkpoint under the names this crate knows.
-    #[error("`{}` holds neither `model.safetensors` nor `model.safetensors.index.json`{hint}", path.display())]
+    #[error("`{}` holds no model (`model.safetensors`, a shard index, `pytorch_model.bin`){hint}", path.display())]
     NoCheckpoint {
         /// The directory.
         path: PathBuf,
@@ -38,6 +38,15 @@ pub enum Error {
         fault: HeaderFault,
     },
 
+    /// A file of PyTorch's holds something else than tensors, or contradicts itself.
+    #[error("`{}` cannot be read as a PyTorch checkpoint: {fault}", path.display())]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: TorchFault,
+    },
+
     /// A shard index contradicts itself or the shards.
     #[error("`{}` is not a valid shard index: {fault}", path.display())]
     Index {
@@ -45,6 +54,28 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         fault: IndexFault,
+    },
+
+    /// Scales do not fit the weight that they are named after.
+    #[error("`{name}` in `{}` has shape {scales:?}, which fits no grid of scales over `{weight}`", path.display())]
+    Scales {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor of scales.
+        name: String,
+        /// Its shape.
+        scales: Vec<usize>,
+        /// The weight.
+        weight: String,
+    },
+
+    /// New names collide.
+    #[error("two tensors of `{}` would be called `{name}`", path.display())]
+    Renamed {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The name.
+        name: String,
     },
 
     /// A tensor was asked for that the checkpoint does not hold.
@@ -273,6 +304,73 @@ pub enum IndexFault {
         first: String,
         /// The other shard.
         second: String,
+    },
+}
+
+/// Ways in which a PyTorch checkpoint can be wrong, or more than a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TorchFault {
+    /// Saved by PyTorch before 1.6, or with `_use_new_zipfile_serialization=False`.
+    #[error("it is a bare pickle, PyTorch's format before 1.6: load it with `weights_only=True` and save it again")]
+    BarePickle,
+    /// The archive is broken.
+    #[error("the zip archive is broken: {0}")]
+    Zip(String),
+    /// The archive holds no pickle, or several.
+    #[error("the zip archive has no `data.pkl`, or several (TorchScript archives are not read)")]
+    NoPickle,
+    /// An entry is compressed or encrypted, which PyTorch never does.
+    #[error("the entry `{0}` is compressed or encrypted")]
+    Compressed(String),
+    /// Numbers are stored with the most significant byte first.
+    #[error("it was saved on a big-endian machine")]
+    BigEndian,
+    /// The pickle stops in the middle.
+    #[error("its pickle ends too soon")]
+    PickleEnds,
+    /// An opcode that no state dict needs.
+    #[error("its pickle has the opcode {0:#04x}, which no state dict needs")]
+    Opcode(u8),
+    /// The pickle would call something.
+    #[error("its pickle asks for `{0}`, and only tensors are read: nothing of it was run")]
+    Global(String),
+    /// The pickle is no sensible program.
+    #[error("its pickle is malformed: {0}")]
+    Malformed(&'static str),
+    /// There are no tensors by name.
+    #[error("it holds no dictionary of tensors")]
+    NoStateDict,
+    /// There is more than one.
+    #[error("it holds several dictionaries of tensors, `{first}` and `{second}`: save the one that is meant alone")]
+    SeveralStateDicts {
+        /// Key of one.
+        first: String,
+        /// Key of another.
+        second: String,
+    },
+    /// The same tensor name twice.
+    #[error("tensor `{0}` appears twice")]
+    Duplicate(String),
+    /// A tensor refers to an entry that is not there.
+    #[error("the storage of tensor `{0}` is missing")]
+    NoStorage(String),
+    /// Element count or byte count overflows 64 bits.
+    #[error("tensor `{0}` has a shape whose size overflows")]
+    Overflow(String),
+    /// A tensor leaves its storage.
+    #[error("tensor `{0}` leaves its storage")]
+    OutsideStorage(String),
+    /// An expanded view.
+    #[error("tensor `{0}` is a view that repeats its elements: save it with `.contiguous()`")]
+    Repeats(String),
+    /// Tensors share storages without end.
+    #[error("its tensors would take {tensors} bytes, the file has {file}")]
+    Bomb {
+        /// Bytes of all tensors.
+        tensors: u64,
+        /// Bytes of the file.
+        file: u64,
     },
 }
 

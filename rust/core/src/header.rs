@@ -21,14 +21,34 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Where and what a tensor is inside one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Element type.
+    /// Element type, as it is read.
     pub dtype: Dtype,
+    /// Element type in the file: eight bits are read as more.
+    pub stored: Dtype,
     /// Row-major shape; empty for a scalar.
     pub shape: Vec<usize>,
     /// First byte, counted from the beginning of the file.
     pub offset: u64,
     /// Length in bytes.
     pub nbytes: u64,
+}
+
+impl TensorInfo {
+    /// The dtype in which the tensor is written again unless another is asked for: its own, and BF16 for eight-bit weights, whose
+    /// scales would no longer fit.
+    #[must_use]
+    pub fn written(&self) -> Dtype {
+        if self.dtype == self.stored { self.dtype } else { Dtype::BF16 }
+    }
+
+    /// Rows and columns of the tensor seen as a matrix: its first dimension, and all others together. A vector is a column.
+    #[must_use]
+    pub fn matrix_shape(&self) -> (usize, usize) {
+        match self.shape.as_slice() {
+            [] => (1, 1),
+            [rows, rest @ ..] => (*rows, rest.iter().product()),
+        }
+    }
 }
 
 /// A validated header: tensors in file order, and the free-form metadata.
@@ -82,7 +102,8 @@ impl Header {
             end = stop;
             // `stop` is checked against the file below; until then the sum could overflow for a hostile header.
             let offset = data_begin.saturating_add(begin);
-            tensors.push((name, TensorInfo { dtype: entry.dtype, shape: entry.shape, offset, nbytes: needed }));
+            let RawEntry { dtype, shape, .. } = entry;
+            tensors.push((name, TensorInfo { dtype, stored: dtype, shape, offset, nbytes: needed }));
         }
         let data_len = file_len.saturating_sub(data_begin);
         if end != data_len {

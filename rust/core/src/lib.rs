@@ -5,7 +5,7 @@
 //! A fine-tune changes a base's weights by ΔW = W_tuned − W_base. This crate turns ΔW of every tensor into low-rank factors
 //! and puts factors back into a base:
 //!
-//! 1. [`Checkpoint`] opens a safetensors file or a sharded directory; headers are validated once, bytes are read by position.
+//! 1. [`Checkpoint`] opens files of safetensors or PyTorch, or a directory of them; what they list is validated once, bytes are read by position.
 //! 2. [`Delta`] forms one tensor's difference and its energy ‖Δ‖².
 //! 3. [`Spectrum`] keeps the leading singular values; a [`Rule`] or an [`Allocation`] turns spectra into ranks.
 //! 4. [`truncated_svd`] finds the leading singular triplets: the best factors of their rank.
@@ -31,8 +31,10 @@
 mod checkpoint;
 mod delta;
 mod difference;
+mod directory;
 mod dtype;
 mod error;
+mod file;
 mod fingerprint;
 mod header;
 mod kernel;
@@ -48,8 +50,11 @@ mod rank;
 mod residual;
 mod rounding;
 mod same;
+mod scaled;
+mod shard;
 mod svd;
 mod terms;
+mod torch;
 mod update;
 mod verify;
 mod write;
@@ -58,7 +63,7 @@ pub use checkpoint::{Checkpoint, Shard};
 pub use delta::{Delta, energies};
 pub use difference::check_finite;
 pub use dtype::{Dtype, decode, encode, round_to};
-pub use error::{Error, HeaderFault, IndexFault, Result};
+pub use error::{Error, HeaderFault, IndexFault, Result, TorchFault};
 pub use fingerprint::fingerprint;
 pub use header::TensorInfo;
 pub use kernel::Kernel;
@@ -71,7 +76,7 @@ pub use rank::{Allocation, Candidate, Goal, Rule, Spectrum, Step};
 pub use rounding::{Applied, Rounding, Storing};
 pub use same::same_bytes;
 pub use svd::{SvdOptions, Target, TruncatedSvd, singular_values, tensor_seed, truncated_svd};
-pub use terms::{Computed, LowRank, Source, Values};
+pub use terms::{Computed, LowRank, Part, Source, Values};
 pub use update::{LoadedUpdate, Update};
 pub use verify::{Comparison, compare};
 pub use write::{Spec, Writer};

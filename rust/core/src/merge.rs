@@ -5,14 +5,15 @@
 //! writing go on side by side. Memory holds the factors of some tensors and a few panels; of an update that is computed, the
 //! whole tensor, but one at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, split_number};
 use crate::error::{Error, Result};
+use crate::header::TensorInfo;
 use crate::panels;
 use crate::patch::{self, Patch};
 use crate::place::PlacedFile;
@@ -74,25 +75,31 @@ pub fn merge_shard(
     let Some(shard) = base.shards().get(shard) else {
         return Err(Error::Writer { path: path.into(), reason: format!("the base has no shard number {shard}") });
     };
+    let split = split_tensors(base, updates)?;
     let mut specs = Vec::with_capacity(shard.names().len());
     for name in shard.names() {
         let info = base.info(name)?;
+        let dtype = storing.target(&info);
         let shape = match updates.get(name) {
             // Only appended rows change a shape: factors need not be read for it.
             Some(update) => {
                 Update { new_rows: update.new_rows.clone(), ..Update::default() }.load(base, name)?.merged_shape()?
             }
-            None => info.shape.clone(),
+            None => info.shape,
         };
-        let dtype = storing.target(info.dtype);
         specs.push(Spec { name: name.clone(), dtype, shape });
     }
     let file = PlacedFile::create(path, &specs, shard.metadata())?;
     let mut tensors = Vec::new();
     for batch in batches(base, shard.names(), updates)? {
-        let mut loaded = Vec::with_capacity(batch.len());
+        let mut pieces = Vec::with_capacity(batch.len());
         for name in batch {
-            loaded.push((name.as_str(), updates.get(name).map(|update| update.load(base, name)).transpose()?));
+            pieces.extend(pieces_of(base, name, split.contains(name.as_str()), storing)?);
+        }
+        let mut loaded = Vec::with_capacity(pieces.len());
+        for piece in &pieces {
+            let update = updates.get(&piece.name).map(|update| update.load(base, &piece.name)).transpose()?;
+            loaded.push((piece, update));
         }
         let jobs: Vec<(usize, Range<usize>)> = (0..loaded.len())
             .map(|at| Ok((at, panels_of(base, &loaded[at])?)))
@@ -100,42 +107,85 @@ pub fn merge_shard(
             .into_iter()
             .flat_map(|(at, panels)| panels.into_iter().map(move |panel| (at, panel)))
             .collect();
-        let keeps = patch.is_some();
+        // Matrices without an update are part of what is patched where others of their tensor have one.
+        let keeps = |piece: &Piece<'_>| patch.is_some() && (piece.is_part() || updates.contains_key(&piece.name));
         let done = jobs.par_iter().map_init(Scratch::default, |scratch, (at, panel)| {
-            let (name, update) = &loaded[*at];
+            let (piece, update) = &loaded[*at];
             match update {
-                Some(update) => write_merged(update, name, panel.clone(), storing, &file, scratch, keeps),
-                None => copy(base, name, panel.clone(), storing, &file).map(|applied| (applied, None)),
+                Some(update) => write_merged(update, piece, panel.clone(), storing, &file, scratch, keeps(piece)),
+                None => copy(base, piece, panel.clone(), storing, &file, keeps(piece)),
             }
         });
         let done = done.collect::<Result<Vec<_>>>()?;
         let mut sums = vec![Applied::default(); loaded.len()];
-        let mut frames = vec![Vec::new(); loaded.len()];
+        let mut frames: Vec<(&str, Vec<Vec<u8>>)> = Vec::new();
         // In the order of the panels, whoever finished first.
         for ((at, _), (applied, frame)) in jobs.iter().zip(done) {
             sums[*at].add(applied);
-            frames[*at].extend(frame);
+            let whole = loaded[*at].0.whole;
+            if frames.last().is_none_or(|(name, _)| *name != whole) {
+                frames.push((whole, Vec::new()));
+            }
+            if let Some((_, frames)) = frames.last_mut() {
+                frames.extend(frame);
+            }
         }
         if let Some(patch) = patch.as_deref_mut() {
-            for ((name, update), frames) in loaded.iter().zip(&frames) {
-                if update.is_some() {
+            for (name, frames) in &frames {
+                if updates.contains_key(*name) || split.contains(name) {
                     patch.append(name, frames)?;
                 }
             }
         }
         let mut written = 0;
-        for ((name, update), sum) in loaded.iter().zip(sums) {
-            written += base.info(name)?.nbytes;
+        for ((piece, update), sum) in loaded.iter().zip(sums) {
+            written += base.info(&piece.name)?.nbytes;
             let Some(update) = update else { continue };
-            file.write(name, appended_at(update, storing), &update.appended_bytes(storing)?)?;
+            file.write(piece.whole, appended_at(update, storing), &update.appended_bytes(storing)?)?;
             if sum.touched > 0 {
                 let Applied { touched, lost, asked, got, .. } = sum;
-                tensors.push(MergedTensor { name: (*name).to_owned(), touched, lost, asked, got });
+                tensors.push(MergedTensor { name: piece.name.clone(), touched, lost, asked, got });
             }
         }
         progress(written)?;
     }
     Ok(MergedShard { nbytes: file.finish()?, tensors })
+}
+
+/// A tensor, or one of the matrices that it is changed by.
+struct Piece<'a> {
+    whole: &'a str,
+    name: String,
+    /// Where it begins in the merged tensor, in bytes.
+    begin: u64,
+}
+
+impl Piece<'_> {
+    fn is_part(&self) -> bool {
+        self.name != self.whole
+    }
+}
+
+/// Tensors whose matrices have updates of their own.
+fn split_tensors<'a>(base: &Checkpoint, updates: &'a Updates) -> Result<BTreeSet<&'a str>> {
+    let wholes = updates.keys().filter_map(|name| Some(split_number(name)?.0)).filter(|whole| base.contains(whole));
+    let wholes: BTreeSet<&str> = wholes.collect();
+    if let Some(name) = wholes.iter().find(|whole| updates.contains_key(**whole)) {
+        let reason = "it is changed as a whole and matrix by matrix".into();
+        return Err(Error::Computed { name: (*name).to_owned(), reason });
+    }
+    Ok(wholes)
+}
+
+fn pieces_of<'a>(base: &Checkpoint, name: &'a str, is_split: bool, storing: &Storing) -> Result<Vec<Piece<'a>>> {
+    if !is_split {
+        return Ok(vec![Piece { whole: name, name: name.to_owned(), begin: 0 }]);
+    }
+    let info = base.info(name)?;
+    let (count, elements) = info.matrix_shape();
+    let nbytes = elements as u64 * storing.target(&info).bits() / 8;
+    let piece = |number: usize| Piece { whole: name, name: format!("{name}[{number}]"), begin: number as u64 * nbytes };
+    Ok((0..count).map(piece).collect())
 }
 
 /// Names of updates that no tensor of the base answers to.
@@ -163,31 +213,37 @@ fn batches<'a>(base: &Checkpoint, names: &'a [String], updates: &Updates) -> Res
     Ok(batches)
 }
 
-/// Panels of a tensor: rows where it is merged; bytes where it is copied, elements where that converts.
-fn panels_of(base: &Checkpoint, tensor: &(&str, Option<LoadedUpdate<'_>>)) -> Result<Vec<Range<usize>>> {
-    if let (_, Some(update)) = tensor {
+/// Panels of a piece: rows where it is merged; bytes where it is copied, elements where that converts.
+fn panels_of(base: &Checkpoint, piece: &(&Piece<'_>, Option<LoadedUpdate<'_>>)) -> Result<Vec<Range<usize>>> {
+    if let (_, Some(update)) = piece {
         let (rows, cols) = update.matrix_shape();
         return Ok(panels::cut(rows, (PANEL / cols.max(1)).max(ROWS) / 6 * 6));
     }
-    let info = base.info(tensor.0)?;
-    let unit = if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 };
-    Ok(panels::cut((info.nbytes / unit) as usize, PANEL))
+    let info = base.info(&piece.0.name)?;
+    Ok(panels::cut((info.nbytes / unit(&info)) as usize, PANEL))
 }
+
+/// Bytes that are copied together: an element that may be converted, or one byte.
+fn unit(info: &TensorInfo) -> u64 {
+    if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 }
+}
+
+type Written = (Applied, Option<Vec<u8>>);
 
 fn write_merged(
     update: &LoadedUpdate<'_>,
-    name: &str,
+    piece: &Piece<'_>,
     rows: Range<usize>,
     storing: &Storing,
     file: &PlacedFile,
     scratch: &mut Scratch,
     keeps: bool,
-) -> Result<(Applied, Option<Vec<u8>>)> {
+) -> Result<Written> {
     let (_, cols) = update.matrix_shape();
     let bits = update.target(storing).bits();
-    let begin = (rows.start * cols) as u64 * bits / 8;
+    let begin = piece.begin + (rows.start * cols) as u64 * bits / 8;
     let applied = update.merge_into(rows.clone(), storing, scratch)?;
-    file.write(name, begin, &scratch.out)?;
+    file.write(piece.whole, begin, &scratch.out)?;
     if !keeps {
         return Ok((applied, None));
     }
@@ -201,17 +257,25 @@ fn appended_at(update: &LoadedUpdate<'_>, storing: &Storing) -> u64 {
     (rows * cols) as u64 * update.target(storing).bits() / 8
 }
 
-fn copy(base: &Checkpoint, name: &str, panel: Range<usize>, storing: &Storing, file: &PlacedFile) -> Result<Applied> {
+fn copy(
+    base: &Checkpoint,
+    piece: &Piece<'_>,
+    panel: Range<usize>,
+    storing: &Storing,
+    file: &PlacedFile,
+    keeps: bool,
+) -> Result<Written> {
+    let name = &piece.name;
     let info = base.info(name)?;
-    let unit = if info.dtype.is_computable() { info.dtype.bits() / 8 } else { 1 };
+    let (unit, target) = (unit(&info), storing.target(&info));
     let mut bytes = vec![0u8; panel.len() * unit as usize];
     base.read_bytes(name, panel.start as u64 * unit, &mut bytes)?;
-    let target = storing.target(info.dtype);
     if target == info.dtype {
-        file.write(name, panel.start as u64 * unit, &bytes)?;
+        file.write(piece.whole, piece.begin + panel.start as u64 * unit, &bytes)?;
     } else {
         let converted = rounding::convert(name, panel.start, (info.dtype, target), &bytes)?;
-        file.write(name, panel.start as u64 * target.bits() / 8, &converted)?;
+        file.write(piece.whole, piece.begin + panel.start as u64 * target.bits() / 8, &converted)?;
     }
-    Ok(Applied::default())
+    let frame = if keeps { Some(patch::frame(&bytes, &bytes, unit as usize)?) } else { None };
+    Ok((Applied::default(), frame))
 }

@@ -4,7 +4,7 @@
 //! small, so their bytes are put apart by place and compressed. Nothing is computed again when the base is restored: neither
 //! adapter nor kernel have to be what they were. A digest of each panel says whether what comes out is the base.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{Checkpoint, Shard};
+use crate::checkpoint::{Checkpoint, Shard, split_number};
 use crate::dtype::Dtype;
 use crate::error::{Error, IoContext, Result};
 use crate::header::{Header, PREFIX};
@@ -41,14 +41,24 @@ impl Patch {
     /// As [`Writer::create`]; [`Error::Io`] when a shard cannot be read.
     pub fn create(path: &Path, base: &Checkpoint, changed: &[String]) -> Result<Self> {
         let whole = |name: String, nbytes: usize| Spec { name, dtype: Dtype::U8, shape: vec![nbytes] };
+        if !base.is_stored_as_read() {
+            let reason = "a patch leads back to safetensors files without eight-bit weights only".into();
+            return Err(Error::Patch { path: base.path().into(), reason });
+        }
+        // Matrices of one tensor are patched together.
+        let whole_name = |name: &'_ String| match split_number(name) {
+            Some((whole, _)) if base.contains(whole) => whole.to_owned(),
+            _ => name.clone(),
+        };
+        let changed: BTreeSet<String> = changed.iter().map(whole_name).collect();
         let mut headers = Vec::new();
         for shard in base.shards() {
-            headers.push((format!("{HEADER}{}", file_name(shard)), raw_header(shard)?));
+            headers.push((format!("{HEADER}{}", shard.file_name()), raw_header(shard)?));
         }
         let mut expected: Vec<Spec> = headers.iter().map(|(name, bytes)| whole(name.clone(), bytes.len())).collect();
         for name in changed {
             // What cannot be compressed grows by a little, and frames by their heads.
-            let nbytes = base.info(name)?.nbytes as usize;
+            let nbytes = base.info(&name)?.nbytes as usize;
             expected.push(whole(format!("{CODES}{name}"), nbytes.saturating_mul(2).saturating_add(1 << 16)));
         }
         let mut writer = Writer::create(path, &expected, BTreeMap::new())?;
@@ -100,7 +110,7 @@ pub fn unmerge_shard(
     let Some(shard) = merged.shards().get(shard) else {
         return Err(Error::Writer { path: path.into(), reason: format!("the model has no shard number {shard}") });
     };
-    let key = format!("{HEADER}{}", file_name(shard));
+    let key = format!("{HEADER}{}", shard.file_name());
     let mut raw = vec![0u8; patch.info(&key)?.nbytes as usize];
     patch.read_bytes(&key, 0, &mut raw)?;
     let broken = |reason: String| Error::Patch { path: patch.path().into(), reason };
@@ -237,10 +247,6 @@ fn raw_end(raw: &[u8]) -> Option<u64> {
         .map(|(_, entry)| entry.get("data_offsets")?.get(1)?.as_u64())
         .try_fold(0, |most, end| Some(end?.max(most)));
     (raw.len() as u64).checked_add(end?)
-}
-
-fn file_name(shard: &Shard) -> String {
-    shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn fault(error: &std::io::Error) -> Error {

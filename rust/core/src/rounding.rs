@@ -2,6 +2,7 @@
 
 use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
+use crate::header::TensorInfo;
 pub use crate::kernel::Applied;
 use crate::kernel::{self};
 
@@ -15,9 +16,9 @@ pub struct Storing {
 }
 
 impl Storing {
-    /// The dtype that a tensor of this one is stored in: whole numbers keep theirs.
-    pub(crate) fn target(&self, dtype: Dtype) -> Dtype {
-        self.dtype.filter(|_| dtype.is_computable()).unwrap_or(dtype)
+    /// The dtype that a tensor is stored in: whole numbers keep theirs.
+    pub(crate) fn target(&self, info: &TensorInfo) -> Dtype {
+        self.dtype.filter(|_| info.dtype.is_computable()).unwrap_or(info.written())
     }
 }
 

@@ -20,7 +20,8 @@ pub fn same_bytes(left: (&Checkpoint, &str), right: (&Checkpoint, &str)) -> Resu
         return Ok(false);
     }
     let one_file = our_file.shard_of(our_name)?.is_same_file(their_file.shard_of(their_name)?);
-    if one_file && left.offset == right.offset {
+    let ours = our_file.place(our_name)?;
+    if one_file && ours.is_some() && ours == their_file.place(their_name)? {
         return Ok(true);
     }
     let compare = |range: std::ops::Range<usize>, buffer: &mut [u8]| -> Result<bool> {

@@ -9,6 +9,7 @@ use std::ops::Range;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
+use crate::header::TensorInfo;
 use crate::kernel::Right;
 use crate::matrix::Matrix;
 use crate::rounding::{self, Applied, Storing};
@@ -33,7 +34,7 @@ pub struct Update {
 pub struct LoadedUpdate<'a> {
     name: &'a str,
     base: &'a Checkpoint,
-    dtype: Dtype,
+    info: TensorInfo,
     /// Shape of the base's tensor as a matrix.
     rows: usize,
     cols: usize,
@@ -77,16 +78,13 @@ impl Update {
             what: format!("`{}` of `{}`", what.name, what.checkpoint.path().display()),
             found: found.to_vec(),
         };
-        let (rows, cols) = match info.shape.as_slice() {
-            [] => (1, 1),
-            [len] => (*len, 1),
-            [rows, rest @ ..] => (*rows, rest.iter().product()),
-        };
+        let (rows, cols) = info.matrix_shape();
+        let is_vector = info.shape.len() < 2;
         let mut terms = Vec::with_capacity(self.low_rank.len() + self.computed.len());
         for term in &self.low_rank {
             base.computable(name)?;
             let (left, right) = term.factors()?;
-            if (left.rows(), right.cols()) != (rows, cols) || left.cols() != right.rows() || info.shape.len() != 2 {
+            if (left.rows(), right.cols()) != (rows, cols) || left.cols() != right.rows() || is_vector {
                 return Err(misfit(&term.b, &[left.rows(), left.cols(), right.rows(), right.cols()]));
             }
             terms.push((left, right));
@@ -109,7 +107,7 @@ impl Update {
                     (Some(shape), [shape.0, shape.1].to_vec(), Values::Dense(matrix))
                 }
             };
-            if shape != Some((rows, cols)) || info.shape.len() != 2 {
+            if shape != Some((rows, cols)) || is_vector {
                 let (shape, what) = (info.shape.clone(), "what was computed for it,".into());
                 return Err(Error::UpdateShape { name: name.into(), shape, what, found });
             }
@@ -120,13 +118,13 @@ impl Update {
         }
         for (source, _) in &self.replacements {
             if source.shape()? != info.shape {
-                return Err(misfit(source, source.shape()?));
+                return Err(misfit(source, &source.shape()?));
             }
         }
         if let Some(source) = &self.new_rows {
             let shape = source.shape()?;
             if shape.is_empty() || info.shape.is_empty() || shape.get(1..) != info.shape.get(1..) {
-                return Err(misfit(source, shape));
+                return Err(misfit(source, &shape));
             }
         }
         let (start, differences) = match self.replacements.as_slice() {
@@ -136,7 +134,7 @@ impl Update {
         Ok(LoadedUpdate {
             name,
             base,
-            dtype: info.dtype,
+            info,
             rows,
             cols,
             left: side_by_side(&terms, rows),
@@ -158,7 +156,11 @@ impl LoadedUpdate<'_> {
 
     /// The dtype that is stored.
     pub(crate) fn target(&self, storing: &Storing) -> Dtype {
-        storing.target(self.dtype)
+        storing.target(&self.info)
+    }
+
+    pub(crate) fn appends_nothing(&self) -> bool {
+        self.new_rows.is_none()
     }
 
     /// Whether stored values take the place of the base's.
@@ -172,7 +174,7 @@ impl LoadedUpdate<'_> {
     /// # Errors
     /// [`Error::TensorMissing`].
     pub fn merged_shape(&self) -> Result<Vec<usize>> {
-        let mut shape = self.base.info(self.name)?.shape.clone();
+        let mut shape = self.info.shape.clone();
         if let (Some(source), Some(rows)) = (self.new_rows, shape.first_mut()) {
             *rows = rows.saturating_add(source.shape()?.first().copied().unwrap_or(0));
         }
@@ -233,11 +235,11 @@ impl LoadedUpdate<'_> {
         let stored = match self.start {
             Start::Base => {
                 self.row_bytes_into(self.base, self.name, range.clone(), &mut scratch.base)?;
-                self.dtype
+                self.info.dtype
             }
             Start::Replacement(source) => {
-                scratch.base = self.convert(source, range.clone(), self.dtype)?;
-                self.dtype
+                scratch.base = self.convert(source, range.clone(), self.info.dtype)?;
+                self.info.dtype
             }
         };
         let mut delta = std::mem::take(&mut scratch.delta);

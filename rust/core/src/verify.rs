@@ -10,7 +10,7 @@ use crate::panels;
 use crate::rounding::Storing;
 use crate::update::Update;
 
-/// How far base + adapter is from tuned, for one tensor (over the rows of the base).
+/// How far base + adapter is from tuned, for one tensor (over the rows that base and tuned have).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Comparison {
     /// ‖Δ‖²_F with Δ = tuned − base.
@@ -33,8 +33,11 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
     const BYTES: usize = 1 << 20;
     let difference = Difference::open(base, tuned, name)?;
     let update = update.load(base, name)?;
-    let (rows, cols) = update.matrix_shape();
-    let base_dtype = base.computable(name)?;
+    let cols = update.matrix_shape().1;
+    // A tuned model with fewer rows says nothing about the base's others.
+    let rows = difference.rows() * difference.cols() / cols.max(1);
+    let merged_dtype = update.target(&Storing::default());
+    base.computable(name)?;
     let tuned_dtype = tuned.computable(name)?;
     // A vector is a row to the delta and a column to the update: compare by flat index.
     let parts = panels::map(panels::cut(rows, (BYTES / (4 * cols.max(1))).max(1)), |range| -> Result<[f64; 4]> {
@@ -47,7 +50,7 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
             with_element!(dtype, E => bytes.chunks_exact(E::BYTES).map(E::read).collect::<Vec<f64>>())
                 .ok_or_else(|| base.unsupported(name, dtype))
         };
-        let (merged, target) = (decode(base_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
+        let (merged, target) = (decode(merged_dtype, &merged_bytes)?, decode(tuned_dtype, &tuned_bytes)?);
         let mut exact = vec![0f32; len];
         let sums = with_scratch(0, |_, scratch| difference.read(begin, &mut exact, scratch))?;
         let (mut error, mut merged_error, mut largest) = (0f64, 0f64, 0f64);
@@ -77,11 +80,12 @@ pub fn compare(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str, upda
     }
     let shape = update.merged_shape()?;
     let tuned_info = tuned.info(name)?;
-    if shape != tuned_info.shape {
+    let has_fewer = tuned_info.shape.first() < shape.first() && tuned_info.shape.get(1..) == shape.get(1..);
+    if shape != tuned_info.shape && !(has_fewer && update.appends_nothing()) {
         return Err(Error::ShapeMismatch { name: name.into(), base: shape, tuned: tuned_info.shape.clone() });
     }
     let appended = update.appended_bytes(&Storing::default())?;
-    if base_dtype == tuned_dtype && !appended.is_empty() {
+    if merged_dtype == tuned_dtype && !appended.is_empty() {
         let mut expected = vec![0u8; appended.len()];
         tuned.read_bytes(name, tuned_info.nbytes.saturating_sub(appended.len() as u64), &mut expected)?;
         result.new_rows_equal = expected == appended;

@@ -66,7 +66,7 @@ impl Case {
         let base = Arc::new(Checkpoint::open(&file("base.safetensors")).unwrap());
         let adapter = Arc::new(Checkpoint::open(&file("adapter.safetensors")).unwrap());
         let source = |name: &str| Source { checkpoint: adapter.clone(), name: name.into() };
-        let term = LowRank { b: source("b"), a: source("a"), scale, transposed: false };
+        let term = LowRank { b: source("b"), a: source("a"), scale, transposed: false, part: None };
         let updates = BTreeMap::from([("w".to_owned(), Update { low_rank: vec![term], ..Update::default() })]);
         Self { folder, base, updates }
     }
@@ -366,7 +366,9 @@ fn deltas_are_formed_from_any_pair_of_dtypes() {
     let delta = Delta::load(&open("a"), &open("b"), "w").unwrap();
     assert_eq!(delta.read_rows(0..1).unwrap(), [0.5, -0.25]);
     assert_eq!((delta.energy(), delta.base_energy()), (0.3125, 5.0));
-    assert!(matches!(Delta::load(&open("b"), &open("a"), "w"), Err(Error::ShapeMismatch { .. })));
+    assert_eq!(Delta::load(&open("b"), &open("a"), "w").unwrap().read_rows(0..1).unwrap(), [-0.5, 0.25], "fewer rows");
+    write(&path("d"), &BTreeMap::from([("w".into(), tensor(Dtype::F32, &[1, 2], &[1.0, 2.0]))]));
+    assert!(matches!(Delta::load(&open("b"), &open("d"), "w"), Err(Error::ShapeMismatch { .. })));
     let error = Delta::load(&open("a"), &open("c"), "w").unwrap_err();
     assert!(matches!(&error, Error::NonFinite { index: 1, path, .. } if path.ends_with("c")), "{error}");
     assert!(same_bytes((&open("a"), "w"), (&open("a"), "w")).unwrap());
@@ -446,11 +448,17 @@ fn a_tensor_in_two_shards_is_refused() {
 fn directories_without_a_checkpoint_say_what_they_hold() {
     let folder = TempDir::new().unwrap();
     let message = || Checkpoint::open(folder.path()).unwrap_err().to_string();
-    assert!(message().contains("neither"));
-    std::fs::write(folder.path().join("pytorch_model.bin"), b"x").unwrap();
-    assert!(message().contains("pickle"));
+    assert!(message().ends_with("`pytorch_model.bin`)"));
     std::fs::write(folder.path().join("adapter_model.safetensors"), b"x").unwrap();
-    assert!(message().contains("adapter_model.safetensors"));
+    assert!(message().ends_with("`pytorch_model.bin`)"), "an adapter is no model");
+    std::fs::write(folder.path().join("epoch-3.pt"), b"x").unwrap();
+    assert!(message().contains("if you mean `epoch-3.pt`"));
+    for name in ["one.safetensors", "two.safetensors"] {
+        std::fs::write(folder.path().join(name), b"x").unwrap();
+    }
+    assert!(message().contains("there are `one.safetensors` and `two.safetensors`"));
+    std::fs::remove_file(folder.path().join("two.safetensors")).unwrap();
+    assert!(matches!(Checkpoint::open(folder.path()), Err(Error::Header { .. })), "the only one is meant");
     let file = folder.path().join("adapter_model.safetensors");
     assert!(matches!(Checkpoint::open(&file), Err(Error::Header { fault: HeaderFault::TooShort(1), .. })));
     assert!(matches!(Checkpoint::open(&folder.path().join("none")), Err(Error::Io { .. })));

@@ -24,8 +24,10 @@ pub struct Checkpoint {
 pub struct TensorInfo {
     /// Name in the checkpoint.
     name: String,
-    /// Element type in safetensors' words: "BF16", "F32", …
+    /// Element type as it is read, in safetensors' words: "BF16", "F32", …
     dtype: String,
+    /// Element type in the file: weights of eight bits are read as F32 (with scales) or BF16.
+    stored_dtype: String,
     /// Row-major shape.
     shape: Vec<usize>,
     /// Length in bytes.
@@ -96,6 +98,19 @@ impl Checkpoint {
         self.inner.shards().iter().map(|shard| shard.metadata().clone()).collect()
     }
 
+    /// The same files with other names: `names` has the new one for each that changes. Raises `CheckpointError` when two would be
+    /// the same.
+    fn renamed(&self, names: BTreeMap<String, String>) -> PyResult<Self> {
+        let inner = self.inner.renamed(&names).map_err(crate::error::to_python)?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Whether every file is safetensors, and no weight has eight bits.
+    #[getter]
+    fn is_stored_as_read(&self) -> bool {
+        self.inner.is_stored_as_read()
+    }
+
     /// All tensors, sorted by name.
     fn tensors(&self) -> PyResult<Vec<TensorInfo>> {
         self.inner.tensors().map(|(name, _)| self.info(name)).collect()
@@ -108,7 +123,8 @@ impl Checkpoint {
         Ok(TensorInfo {
             name: name.into(),
             dtype: info.dtype.to_string(),
-            shape: info.shape.clone(),
+            stored_dtype: info.stored.to_string(),
+            shape: info.shape,
             nbytes: info.nbytes,
             shard: shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),
         })

@@ -32,7 +32,7 @@ impl Workspace {
 
 /// ΔW = tuned − base of one tensor, seen as a matrix of `shape[0]` rows (a vector is one row).
 ///
-/// Where tuned has more rows than base, the delta covers the base's rows. Raises `TensorError` for missing tensors, shapes
+/// Where one side has more rows, the delta covers those that both have. Raises `TensorError` for missing tensors, shapes
 /// that differ otherwise, dtypes other than BF16, F16, F32 and F64, and values that are not finite. Holds two bytes an element, and
 /// the open files.
 #[pyclass(frozen, module = "lora_compress._native")]

@@ -25,9 +25,13 @@ pub fn to_python(error: Error) -> PyErr {
             Some(code) => PyOSError::new_err((code, reason(&source), path.display().to_string())),
             None => PyOSError::new_err(message),
         },
-        Error::NoCheckpoint { .. } | Error::Header { .. } | Error::Index { .. } | Error::Patch { .. } => {
-            CheckpointError::new_err(message)
-        }
+        Error::NoCheckpoint { .. }
+        | Error::Header { .. }
+        | Error::Torch { .. }
+        | Error::Index { .. }
+        | Error::Scales { .. }
+        | Error::Renamed { .. }
+        | Error::Patch { .. } => CheckpointError::new_err(message),
         Error::TensorMissing { .. }
         | Error::ShapeMismatch { .. }
         | Error::UpdateShape { .. }

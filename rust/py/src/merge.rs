@@ -29,7 +29,35 @@ impl LowRank {
     #[pyo3(signature = (adapter, b, a, *, scale=1.0, transposed=false))]
     fn new(adapter: &Checkpoint, b: String, a: String, scale: f64, transposed: bool) -> Self {
         let source = |name| core::Source { checkpoint: adapter.inner.clone(), name };
-        Self { inner: core::LowRank { b: source(b), a: source(a), scale, transposed } }
+        Self { inner: core::LowRank { b: source(b), a: source(a), scale, transposed, part: None } }
+    }
+
+    /// The terms of the `count` matrices of one tensor, in their order, where A is stored as (count·r, in), matrix by matrix, and
+    /// B as (out, r·count), the columns of one matrix `count` apart.
+    #[staticmethod]
+    #[pyo3(signature = (adapter, b, a, count, *, scale=1.0, transposed=false))]
+    fn parts(adapter: &Checkpoint, b: String, a: String, count: usize, scale: f64, transposed: bool) -> Vec<Self> {
+        let whole = Self::new(adapter, b, a, scale, transposed).inner;
+        let part = |part| Self { inner: core::LowRank { part: Some(part), ..whole.clone() } };
+        core::Part::all(count).into_iter().map(part).collect()
+    }
+
+    /// Names of B and A in the adapter.
+    #[getter]
+    fn keys(&self) -> (&str, &str) {
+        (&self.inner.b.name, &self.inner.a.name)
+    }
+
+    /// What B·A is multiplied with.
+    #[getter]
+    fn scale(&self) -> f64 {
+        self.inner.scale
+    }
+
+    /// Whether (B·A)ᵀ is added.
+    #[getter]
+    fn transposed(&self) -> bool {
+        self.inner.transposed
     }
 
     /// The same term, `weight` times.
