@@ -43,6 +43,16 @@ def check_weights(weights: Sequence[float], adapters: Sequence[object]) -> None:
         )
 
 
+def check_method(method: str, densities: Sequence[float], seed: int, adapters: Sequence[object]) -> None:
+    """Raise `click.UsageError` unless the densities are what the method needs for these adapters."""
+    from lora_compress.verbs.methods import choose_method
+
+    try:
+        choose_method(method, densities or None, seed, len(adapters))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def wishes(asked: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the verbs: there the weights of ranks have a name of their own, as adapters have weights too."""
     return {
@@ -58,8 +68,9 @@ def report(result: CombineResult, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(result.to_json())
     elif not quiet:
+        made = "what was given" if result.method == "linear" else f"what {result.method} makes of them"
         before, after = (max((pair[side] for pair in result.ranks.values()), default=0) for side in (0, 1))
         click.echo(
             f"{result.out}: {size(result.adapter_bytes)}, {len(result.ranks)} tensors, ranks up to {after} (before: "
-            f"{before}), relative error {result.error:.4g} to what was given, {result.seconds:.1f} s"
+            f"{before}), relative error {result.error:.4g} to {made}, {result.seconds:.1f} s"
         )

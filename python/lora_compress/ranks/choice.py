@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,12 @@ class RankChoice:
         if not self.has_ladder:
             return min(rank, self.max_rank or rank)
         return self.ranks(rank)[-1] if rank else 0
+
+    def fixed_ranks(self, limits: Mapping[str, int]) -> dict[str, int]:
+        """`fixed` for matrices of these shorter sides: no more than that, but where factors are padded."""
+        largest = max(limits.values(), default=0)
+        fixed = self.round_up(min(int(self.value), largest)) if self.layout == "uniform" else self.fixed or 0
+        return {name: fixed if self.pads else min(fixed, limit) for name, limit in limits.items()}
 
     def to_json(self) -> dict[str, Any]:
         """As stored in plans and manifests."""

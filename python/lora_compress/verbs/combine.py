@@ -1,49 +1,54 @@
-"""`resize` and `combine`: adapters become an adapter, in the space of their factors: no ΔW is formed, no weight is
-read.
+"""`resize` and `combine`: adapters become an adapter.
 
-The sum of adapters is one pair of factors side by side. Its singular values follow from their Gram matrices, so the
-ranks of the result are planned as those of an extraction are, and every choice of ranks works the same.
+A sum of adapters stays in the space of their factors: no ΔW is formed, no weight is read. TIES and DARE act on every
+element of ΔW, so each is formed in its turn. Either way σ are found before factors are, so the ranks of the result are
+planned as those of an extraction are, and every choice of ranks works the same.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_compress import plugins
-from lora_compress._native import Spectrum, __version__, fingerprint, round_to
-from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, stores_factors
-from lora_compress.errors import SelectionError
+from lora_compress._native import Spectrum, __version__, fingerprint
+from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, Stored, stores_factors
+from lora_compress.errors import SelectionError, TensorError
 from lora_compress.model import Model, last_component
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
-from lora_compress.ranks.recompress import Product, decompose, distance
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.changes import DTYPES, Options
-from lora_compress.verbs.decompose import empty, padded
+from lora_compress.verbs.combined_tensors import Combined, Consensus, Sum
+from lora_compress.verbs.decompose import padded
 from lora_compress.verbs.merge import appended_rows, check_made_for, one_weight_each, read_adapter
+from lora_compress.verbs.methods import LINEAR, Method, choose_method
 from lora_compress.verbs.parallel import ordered_map
+from lora_compress.verbs.plan import first_bound
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import matching
 
 if TYPE_CHECKING:
-    from lora_compress.adapter import AdapterWriter, Float32Matrix
+    from lora_compress.adapter import AdapterWriter
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CombineResult:
-    """What `resize` or `combine` did. `ranks`: (before, after) by tensor; `error`: ‖ΔW − stored‖ / ‖ΔW‖ over the
-    low-rank tensors, those that were left out included, ΔW being the sum of the adapters given.
+    """What `resize` or `combine` did. `error`: ‖ΔW − stored‖ / ‖ΔW‖ over the low-rank tensors, those that were left out
+    included, ΔW being what the method makes of the adapters given, their sum if it is linear. `ranks`: (before, after)
+    by tensor; before is what the sum has, or for other methods the largest rank in any adapter.
     """
 
     out: Path
+    method: str
     ranks: Mapping[str, tuple[int, int]]
     error: float
     adapter_bytes: int
@@ -58,6 +63,7 @@ class CombineResult:
         return {
             "schema_version": SCHEMA_VERSION,
             "out": str(self.out),
+            "method": self.method,
             "error": self.error,
             "adapter_bytes": self.adapter_bytes,
             "seconds": self.seconds,
@@ -77,6 +83,9 @@ def combine(
     out: str | Path,
     *,
     weights: Sequence[float] = (),
+    method: str = LINEAR,
+    density: float | Sequence[float] | None = None,
+    seed: int = 0,
     exclude: Sequence[str] = (),
     rank: int | str | None = None,
     budget: int | str | None = None,
@@ -94,11 +103,20 @@ def combine(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> CombineResult:
-    """Add adapters of one base, each times its weight, into one.
+    """Make one adapter of several of one base: their weighted sum, or what TIES or DARE make of them.
 
-    Without any wish for ranks the sum is exact but for the rounding of its factors: its rank is what all directions
-    need, at most the sum of the ranks. Tensors that an adapter stores whole are stored whole: a copy where one of
-    weight 1 has it, else base + Σ w·(theirs − base).
+    "linear" adds. Without any wish for ranks the sum is exact but for the rounding of its factors: its rank is what all
+    directions need, at most the sum of the ranks.
+
+    "ties", "dare_linear" and "dare_ties" take each adapter's ΔW = s·B·A of a tensor, set most elements to 0 (TIES those
+    of small magnitude, DARE random ones, dividing the others by the density), multiply by the weight, and add, or elect
+    a sign for each element and average those that have it (`lora_compress.verbs.task_vectors` has the formulas). Little
+    of that is low-rank: it is cut to its best pair, without a wish of the largest rank that the tensor has in any
+    adapter, and `error` says what that leaves. PEFT has this as `ties_svd`, `dare_linear_svd` and `dare_ties_svd`, with
+    the difference that there TIES' votes are not weighted; its `ties` trims the factors B and A each by itself.
+
+    Tensors that an adapter stores whole (norms, biases) are stored whole, and added whatever the method: a copy where
+    one of weight 1 has it, else base + Σ w·(theirs − base). Appended rows are kept.
 
     Parameters
     ----------
@@ -107,8 +125,13 @@ def combine(
     adapters: directories of any registered format.
     out: directory to create.
     weights: one for each adapter; 1 for all when absent.
+    method: "linear", "ties", "dare_linear" or "dare_ties".
+    density: the share of each ΔW's elements that is kept, above 0 and up to 1: one for all adapters, or one for each.
+        All methods but "linear" need it.
+    seed: of what is dropped, and of the search for singular vectors; "linear" needs none.
     exclude: regular expressions; tensors in whose names one is found keep the base's values.
-    rank, budget, error, ranks_allowed, max_rank, layout: as for `extract`; errors are relative to the sum.
+    rank, budget, error, ranks_allowed, max_rank, layout: as for `extract`; errors are relative to what the method
+        makes. Of that, σ beyond a bound are only found where a wish depends on them, as `plan` does.
     rank_weights: as `weights` of `extract`.
     dtype, format: of the result; a format of pairs.
     tied_head: as for `extract`.
@@ -124,6 +147,7 @@ def combine(
     if not adapters:
         raise ValueError("at least one adapter is needed")
     weights = one_weight_each(adapters, weights)
+    how = choose_method(method, density, seed, len(adapters))
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype}) must be one of {tuple(DTYPES)}")
     wishes = {"rank": rank, "budget": budget, "error": error, "weights": rank_weights, "ranks_allowed": ranks_allowed}
@@ -143,57 +167,57 @@ def combine(
     left_out = matching("--exclude", exclude, sorted({name for part in parts for name in part.tensors()}))
     factored = {name for part in parts for name in (*part.low_rank, *part.computed)}
     names = sorted(factored - left_out)
-    zeros = _same_kind(model, names, left_out) if choice.layout == "uniform" else []
-    progress = progress or Silent()
-    progress.begin("decomposing", 0, len(names))
-    products: dict[str, Product] = {}
-    for name, product in ordered_map(lambda name: decompose(*_summed(parts, weights, name)), names, lambda _: 1 << 20):
-        products[name] = product
-        progress.advance(0, 1, name)
-    for name in zeros:
-        products[name] = decompose(*empty(*model.checkpoint.info(name).shape))
-    names = sorted(products)
+    if choice.layout == "uniform":
+        names = sorted([*names, *_same_kind(model, names, left_out)])
+    shapes = {name: _shape(model, name) for name in {*names, *factored}}
+    combined: Combined = Sum(parts, weights, shapes) if how.is_sum else Consensus(parts, weights, shapes, how)
     exact = _whole(parts, weights, left_out), appended_rows(parts, left_out)
-    ranks = _ranks(model, products, exact, choice if asked else None, dtype, tied, str(base))
+    progress = progress or Silent()
+    before = _by_name("reading adapters", combined.usual_rank, names, combined, progress)
+    ranks = _ranks(model, combined, names, exact, choice, dtype, tied, progress) if asked else before
     plan = AdapterPlan(
         base=model,
         base_name=base_name or str(base),
         dtype=dtype,
-        factors=[
-            PlannedFactors(
-                name, model.checkpoint.info(name).shape[0], model.checkpoint.info(name).shape[1], ranks[name]
-            )
-            for name in names
-            if ranks[name]
-        ],
+        factors=[PlannedFactors(name, *shapes[name], ranks[name]) for name in names if ranks[name]],
         tied_embedding=tied if ranks.get(tied or "") else None,
     )
+    after: dict[str, int] = {}
+    stored: dict[str, int] = {}
     lost, whole = [], []
+    origin = host.formats.origin(target.name)
     with output.new_directory(out, force=force, inputs=inputs) as folder:
-        with plugins.blame(host.formats.origin(target.name), "failed to write an adapter"):
+        with plugins.blame(origin, "failed to begin an adapter"):
             writer = cast("AdapterWriter", target.writer(folder, plan))
-            after: dict[str, int] = {}
-            for name in names:
-                b, a = (round_to(factor, dtype) for factor in products[name].truncated(ranks[name]))
-                after[name] = b.shape[1]
-                lost.append(distance((products[name].b, products[name].a), (b, a)))
-                whole.append(float(np.sum(products[name].sigma ** 2)))
-                if ranks[name]:
-                    writer.write(name, *(padded(b, a, ranks[name]) if asked and choice.pads else (b, a)))
-            for name in sorted(left_out & factored):
-                energy = float(np.sum(decompose(*_summed(parts, weights, name)).sigma ** 2))
-                lost.append(energy)
-                whole.append(energy)
-            side_file.write_stored(folder, model.checkpoint, *exact)
-            total = math.fsum(whole)
-            combined_error = math.sqrt(math.fsum(lost) / total) if total else 0.0
-            manifest = _manifest(model, plan, parts, weights, command, ranks, combined_error)
-            side_file.write_manifest(folder, manifest)
+        progress.begin("combining", 0, len(names))
+        for name, made in ordered_map(lambda name: combined.factors(name, ranks[name], dtype), names, combined.cost):
+            if not made.lost < math.inf:
+                raise TensorError(f"`{name}`: its factors overflow {dtype}; use --dtype F32")
+            after[name] = made.b.shape[1]
+            lost.append(made.lost)
+            whole.append(made.energy)
+            # Zeros are stored where the layout wants them, elsewhere a tensor without a direction has no factors.
+            pads = asked and choice.pads and (after[name] or choice.layout == "uniform")
+            b, a = padded(made.b, made.a, ranks[name]) if pads else (made.b, made.a)
+            stored[name] = b.shape[1]
+            if stored[name]:
+                with plugins.blame(origin, f"failed to write `{name}`"):
+                    writer.write(name, b, a)
+            progress.advance(0, 1, name)
+        for energy in _by_name("measuring", combined.energy, sorted(left_out & factored), combined, progress).values():
+            lost.append(energy)
+            whole.append(energy)
+        side_file.write_stored(folder, model.checkpoint, *exact)
+        total = math.fsum(whole)
+        combined_error = math.sqrt(math.fsum(lost) / total) if total else 0.0
+        manifest = _manifest(model, plan, parts, weights, how, command, stored, combined_error)
+        side_file.write_manifest(folder, manifest)
+        with plugins.blame(origin, "failed to finish an adapter"):
             writer.finish(manifest)
         adapter_bytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    before = {name: products[name].sigma.size for name in names}
     return CombineResult(
         out,
+        how.name,
         {name: (before[name], after[name]) for name in names},
         combined_error,
         adapter_bytes,
@@ -205,20 +229,10 @@ def combine(
     )
 
 
-def _summed(parts: Sequence[Adapter], weights: Sequence[float], name: str) -> tuple[Float32Matrix, Float32Matrix]:
-    """All adapters' factors of one tensor side by side, weights in the left ones."""
-    left, right = [], []
-    for part, weight in zip(parts, weights, strict=True):
-        pairs: list[Any] = [term.factors() for term in part.low_rank.get(name, ())]
-        pairs += [compute() for compute in part.computed.get(name, ())]
-        for pair in pairs:
-            if not isinstance(pair, tuple):
-                # A decomposition without a small pair: ΔW itself beside an identity, the smaller way round.
-                identity = np.eye(min(pair.shape), dtype=np.float32)
-                pair = (identity, pair) if pair.shape[0] <= pair.shape[1] else (pair, identity)
-            left.append(pair[0] * np.float32(weight))
-            right.append(pair[1])
-    return np.hstack(left), np.vstack(right)
+def _shape(model: Model, name: str) -> tuple[int, int]:
+    """Rows and columns of a matrix of the base."""
+    rows, cols = model.checkpoint.info(name).shape
+    return rows, cols
 
 
 Whole = dict[str, list[tuple[Any, str, float]]]
@@ -249,34 +263,78 @@ def _whole(parts: Sequence[Adapter], weights: Sequence[float], left_out: set[str
 
 def _ranks(
     model: Model,
-    products: Mapping[str, Product],
-    exact: tuple[Whole, Mapping[str, tuple[Any, str]]],
-    choice: RankChoice | None,
+    combined: Combined,
+    names: Sequence[str],
+    exact: tuple[Whole, Mapping[str, Stored]],
+    choice: RankChoice,
     dtype: str,
     tied: str | None,
-    base: str,
+    progress: Progress,
 ) -> dict[str, int]:
-    """A rank for every product: all directions where nothing was asked for, else as a plan of these spectra has it."""
-    if choice is None:
-        return {name: len(product.sigma) for name, product in products.items()}
+    """A rank for every tensor as a plan of their spectra has it; with more σ of those whose rank turns out to need
+    them.
+    """
+    shapes = {name: _shape(model, name) for name in names}
+    if choice.fixed is not None and not combined.is_cheap:
+        return choice.fixed_ranks({name: min(shape) for name, shape in shapes.items()})
+    spectra: dict[str, Spectrum | None] = {}
+    counts = {name: first_bound(choice, shape) for name, shape in shapes.items()}
+    while True:
+        spectra |= _by_name("reading spectra", partial(_spectrum, combined, counts), [*counts], combined, progress)
+        plan = _plan(model, spectra, exact, choice, dtype, tied)
+        if not plan.unsettled:
+            return dict.fromkeys(names, 0) | plan.stored_ranks
+        known = {tensor.name: len(tensor.spectrum.sigma) for tensor in plan.low_rank if tensor.spectrum is not None}
+        counts = {name: 2 * known[name] for name in plan.unsettled}
+
+
+def _spectrum(combined: Combined, counts: Mapping[str, int], name: str) -> Spectrum | None:
+    """Runs in a thread."""
+    return combined.spectrum(name, counts[name])
+
+
+def _by_name(
+    what: str, job: Callable[[str], Result], names: Sequence[str], combined: Combined, progress: Progress
+) -> dict[str, Result]:
+    """What `job` says of every tensor, found in threads."""
+    progress.begin(what, 0, len(names))
+    found: dict[str, Result] = {}
+    for name, result in ordered_map(job, names, combined.cost):
+        found[name] = result
+        progress.advance(0, 1, name)
+    return found
+
+
+def _plan(
+    model: Model,
+    spectra: Mapping[str, Spectrum | None],
+    exact: tuple[Whole, Mapping[str, Stored]],
+    choice: RankChoice,
+    dtype: str,
+    tied: str | None,
+) -> Plan:
+    """The plan of an adapter of these spectra, and of what is stored whatever the ranks."""
     sizes = {name: model.checkpoint.info(name).nbytes for name in exact[0]}
     sizes |= {name: sizes.get(name, 0) + held.info(key).nbytes for name, (held, key) in exact[1].items()}
     tensors = []
-    for name in sorted({*products, *sizes}):
-        info, fixed = model.checkpoint.info(name), sizes.get(name, 0)
-        shape, energy, unit, spectrum = tuple(info.shape), None, 0, None
-        if name in products and (products[name].sigma.size or choice.layout == "uniform"):
-            sigma = np.zeros(min(shape))
-            sigma[: products[name].sigma.size] = products[name].sigma
-            energy = float(np.sum(sigma**2))
-            unit = sum(shape) * DTYPES[dtype] * (2 if name == tied else 1)
-            spectrum = Spectrum((shape[0], shape[1]), sigma.tolist(), energy) if energy else None
-        treatment = "low-rank" if name in products else "exact"
+    for name in sorted({*spectra, *sizes}):
+        info, spectrum = model.checkpoint.info(name), spectra.get(name)
+        is_stored = spectrum is not None or (name in spectra and choice.layout == "uniform")
         tensors.append(
-            TensorPlan(name, info.dtype, shape, treatment, energy, None, fixed=fixed, unit=unit, spectrum=spectrum)
+            TensorPlan(
+                name,
+                info.dtype,
+                tuple(info.shape),
+                "low-rank" if name in spectra else "exact",
+                (spectrum.energy if spectrum is not None else 0.0) if is_stored else None,
+                None,
+                fixed=sizes.get(name, 0),
+                unit=sum(info.shape) * DTYPES[dtype] * (2 if name == tied else 1) if is_stored else 0,
+                spectrum=spectrum,
+            )
         )
-    plan = Plan(base, "adapters", {}, Options(dtype=dtype).to_json(), choice, tuple(tensors), 0).choose(choice)
-    return dict.fromkeys(products, 0) | plan.stored_ranks
+    options = Options(dtype=dtype).to_json()
+    return Plan(str(model.path), "adapters", {}, options, choice, tuple(tensors), 0).choose(choice)
 
 
 def _manifest(
@@ -284,6 +342,7 @@ def _manifest(
     plan: AdapterPlan,
     parts: Sequence[Adapter],
     weights: Sequence[float],
+    how: Method,
     command: str | None,
     ranks: Mapping[str, int],
     combined_error: float,
@@ -296,6 +355,7 @@ def _manifest(
         "base_fingerprint": fingerprint(model.checkpoint),
         "made_from": [str(part.path) for part in parts],
         "weights": list(weights),
+        **how.to_json(),
         "command": command or "lora_compress.combine",
         "causal_lm": model.architecture.endswith("ForCausalLM"),
         "dtype": plan.dtype,

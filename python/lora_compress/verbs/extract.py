@@ -325,11 +325,9 @@ def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str,
     """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
     if plan is not None:
         return plan.stored_ranks
-    uniform = choice.layout == "uniform"
-    shorter = {pair.name: min(pair.base.shape) for pair in changes.low_rank if pair.elements}
-    fixed = choice.round_up(min(int(choice.value), max(shorter.values(), default=0))) if uniform else choice.fixed or 0
-    ranks = {name: fixed if choice.pads else min(fixed, limit) for name, limit in shorter.items()}
-    return ranks | ({pair.name: fixed for pair in changes.zeros} if uniform else {})
+    ranks = choice.fixed_ranks({pair.name: min(pair.base.shape) for pair in changes.low_rank if pair.elements})
+    zeros = changes.zeros if choice.layout == "uniform" else []
+    return ranks | {pair.name: max(ranks.values(), default=0) for pair in zeros}
 
 
 def _write(writer: AdapterWriter | FactorsWriter, done: Decomposed) -> dict[str, int]:

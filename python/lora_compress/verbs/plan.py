@@ -186,11 +186,11 @@ def _spectrum(
     account = replace(account, delta_energy=delta.energy, base_energy=delta.base_energy)
     if delta.energy == 0.0:
         return account, None
-    count = min(bounds.get(pair.name) or bound or _first_bound(choice, delta.shape), *delta.shape)
+    count = min(bounds.get(pair.name) or bound or first_bound(choice, delta.shape), *delta.shape)
     return account, delta.spectrum(count, seed=options.seed, tolerance=TOLERANCE)
 
 
-def _first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
+def first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
     """How many σ are probably enough.
 
     The directions that stand out of white noise, which "auto" looks for, are rarely more than a thirtieth of the

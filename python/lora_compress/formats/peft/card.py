@@ -63,7 +63,10 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 
 def _combined(manifest: Mapping[str, Any]) -> list[str]:
     """The body of a card of an adapter that was made from others."""
-    sources = zip(manifest["made_from"], manifest["weights"], strict=True)
+    densities = manifest.get("density", [None] * len(manifest["weights"]))
+    sources = zip(manifest["made_from"], manifest["weights"], densities, strict=True)
+    is_sum = manifest.get("method", "linear") == "linear"
+    made = "their sum" if is_sum else f"what `{manifest['method']}` makes of them (seed {manifest['seed']})"
     return [
         "# LoRA adapter made from others",
         "",
@@ -72,8 +75,11 @@ def _combined(manifest: Mapping[str, Any]) -> list[str]:
         "",
         f"    {manifest['command']}",
         "",
-        *(f"- `{path}`, weight {weight:g}" for path, weight in sources),
+        *(
+            f"- `{path}`, weight {weight:g}" + ("" if density is None else f", density {density:g}")
+            for path, weight, density in sources
+        ),
         "",
-        f"It leaves a relative error ‖ΔW − BA‖ / ‖ΔW‖ of {manifest['combined_error']:.4f} in their sum. The scale is "
+        f"It leaves a relative error ‖ΔW − BA‖ / ‖ΔW‖ of {manifest['combined_error']:.4f} in {made}. The scale is "
         "folded into the factors (alpha = r).",
     ]
