@@ -60,6 +60,8 @@ def command(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool, qu
     with progress(quiet=quiet or as_json) as bar:
         result = merge(base, adapters, out, progress=bar, **given)
     warn(result.warnings)
+    if result.resumed and not quiet:
+        click.echo(f"resumed: {result.resumed} of {result.shards} shards were there", err=True)
     if as_json:
         print_json(result.to_json())
     elif not quiet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from lora_compress.model import FLOATS, Model, names
 from lora_compress.verbs import base_patch, output
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.companions import write_companions
+from lora_compress.verbs.journal import Arrival, Journal, arrivals, key_of
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.side_file import read_manifest, with_side_file
 
@@ -49,6 +50,7 @@ class MergeResult:
 
     lost: the share of the elements with an update that rounding left as they were.
     gain: ⟨W' − W, D⟩ / ⟨D, D⟩ over all updates D: how much of them arrived; 1 where there is none.
+    resumed: how many of the shards were there already, from a merge that was killed.
     """
 
     out: Path
@@ -57,6 +59,8 @@ class MergeResult:
     nbytes: int
     lost: float
     gain: float
+    shards: int
+    resumed: int
     seconds: float
     warnings: tuple[str, ...]
 
@@ -70,6 +74,8 @@ class MergeResult:
             "bytes": self.nbytes,
             "lost_fraction": self.lost,
             "effective_gain": self.gain,
+            "shards": self.shards,
+            "resumed_shards": self.resumed,
             "seconds": self.seconds,
             "warnings": list(self.warnings),
         }
@@ -93,6 +99,10 @@ def merge(
 
     Several adapters are summed in the order given, in one pass. Where exactly one of weight 1 stores a tensor whole,
     its values are copied; else each one's weighted difference to the base is added.
+
+    A process that is killed leaves its finished shards in a hidden directory; the same merge takes them up and gives
+    the same bytes. It starts over for a single file and with `keep_base_patch`, whose patch is one file over all
+    shards; where a file, an option or this package has changed since; and after a restart of the machine.
 
     Parameters
     ----------
@@ -126,7 +136,7 @@ def merge(
     as_file = out.suffix == ".safetensors"
     if keep_base_patch and (as_file or dtype is not None):
         raise ValueError("a patch of the base needs a directory as output, and the base's dtypes")
-    output.check(out, force=force, inputs=inputs)
+    (output.check_file if as_file else output.check)(out, force=force, inputs=inputs)
     model = Model.open(base)
     parts = [read_adapter(path, model) for path in adapters]
     if not any_base:
@@ -135,28 +145,29 @@ def merge(
     kept: Patch | None = None
     stochastic = seed if rounding == STOCHASTIC else None
     report = progress or Silent()
-    merged: list[MergedTensor] = []
 
-    def write(number: int, path: Path) -> None:
-        _, tensors = merge_shard(
+    def write(number: int, path: Path) -> list[MergedTensor]:
+        return merge_shard(
             model.checkpoint, number, updates, path, report.advance, dtype=dtype, stochastic=stochastic, patch=kept
-        )
-        merged.extend(tensors)
+        )[1]
 
     report.begin("merging", sum(tensor.nbytes for tensor in model.checkpoint.tensors()), 0)
 
     if as_file and len(model.checkpoint.shards) > 1:
         raise ValueError(f"`{base}` has several shards: `{out}` must be a directory")
+    shards, resumed = [shard.name if model.path.is_dir() else SINGLE for shard in model.checkpoint.shards], 0
     if as_file:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write(0, out)
+        with output.new_file(out, force=force, inputs=inputs) as path:
+            merged = arrivals(write(0, path))
     else:
-        with output.new_directory(out, force=force, inputs=inputs) as folder:
+        key = key_of(model, parts, weights, dtype=dtype, stochastic=stochastic) if not keep_base_patch else None
+        with output.new_directory(out, force=force, inputs=inputs, key=key) as folder:
+            journal = Journal(folder, key, shards)
+            resumed = len(journal.done)
+            report.advance(sum(tensor.nbytes for tensor in model.checkpoint.tensors() if tensor.shard in journal.done))
             if keep_base_patch:
                 kept = base_patch.begin(folder, model, sorted(updates))
-            for number, shard in enumerate(model.checkpoint.shards):
-                name = shard.name if model.path.is_dir() else SINGLE
-                write(number, folder / name)
+            merged = _missing_too(journal, folder, shards, write)
             write_companions(model, parts, folder, dtype)
             if kept is not None:
                 base_patch.finish(kept, folder, model)
@@ -165,10 +176,20 @@ def merge(
     warnings = [warning for part in parts for warning in part.warnings] + said
     copied = len(names(model.checkpoint)) - len(updates)
     seconds = time.perf_counter() - started
-    return MergeResult(out, len(updates), copied, nbytes, lost, gain, seconds, tuple(warnings))
+    return MergeResult(out, len(updates), copied, nbytes, lost, gain, len(shards), resumed, seconds, tuple(warnings))
 
 
-def _arrived(merged: Sequence[MergedTensor]) -> tuple[float, float, list[str]]:
+def _missing_too(
+    journal: Journal, folder: Path, shards: Sequence[str], write: Callable[[int, Path], list[MergedTensor]]
+) -> list[Arrival]:
+    """Write the shards that the journal lacks; returns what became of the updates of all, in the order of shards."""
+    for number, name in enumerate(shards):
+        if name not in journal.done:
+            journal.add(folder / name, write(number, folder / name))
+    return [arrival for name in shards for arrival in journal.done[name]]
+
+
+def _arrived(merged: Sequence[Arrival]) -> tuple[float, float, list[str]]:
     """The share of elements whose update was lost, that of the update that arrived, and warnings of either."""
     touched, asked = sum(tensor.touched for tensor in merged), math.fsum(tensor.asked for tensor in merged)
     lost = sum(tensor.lost for tensor in merged) / touched if touched else 0.0

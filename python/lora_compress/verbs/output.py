@@ -1,47 +1,84 @@
-"""Output that appears complete or not at all."""
+"""Output that appears complete or not at all, and never in the place of what it may not replace."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora_compress.errors import OutputExistsError
+from lora_compress.verbs.partial import PartialDirectory, partial_directory, remove_dead_ones
 
 
 @contextmanager
-def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
+def new_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = (), key: str | None = None) -> Iterator[Path]:
     """A directory to fill, renamed to `out` when the block ends and removed when it raises.
 
-    It is made beside `out`, because a rename cannot cross file systems. Raises `OutputExistsError` when `out` exists
-    and is not an empty directory (unless `force`), or is or contains one of `inputs` (always).
+    Raises `OutputExistsError` when `out` exists and is not an empty directory (unless `force`), or is or contains one
+    of `inputs` (always): at the beginning, and at the end again, as another process may have been faster.
+
+    key: says what the output will be; the directory may then hold what a killed process has made of it. Two processes
+    with the same key do not write at the same time: the second gets an `OutputExistsError`.
     """
-    check(out, force=force, inputs=inputs)
-    if not out.is_symlink():
-        # `.` has a name and a parent too.
-        out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
-    try:
-        # Made inside the block that removes it: a signal may arrive between any two lines.
-        partial.mkdir()
+    with _partial(out, key, force=force, inputs=inputs) as partial:
+        yield partial.made
+        check(out, force=force, inputs=inputs)
+        _put(partial, force=force)
+        remove_dead_ones(partial.out)
+
+
+@contextmanager
+def new_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """As `new_directory`, for a file."""
+    with _partial(out, None, force=force, inputs=inputs) as partial:
+        made = partial.made / partial.out.name
+        yield made
+        check(out, force=force, inputs=inputs)
+        made.replace(partial.out)
+        remove_dead_ones(partial.out)
+
+
+@contextmanager
+def _partial(out: Path, key: str | None, *, force: bool, inputs: tuple[Path, ...]) -> Iterator[PartialDirectory]:
+    # `.` has a name and a parent too.
+    place = out if out.is_symlink() else out.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with partial_directory(place, key) as partial:
+        check(out, force=force, inputs=inputs)
         yield partial
-        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-            # Filled where it stands: somebody's shell may be in it.
-            for path in sorted(partial.iterdir()):
-                path.rename(out / path.name)
-            return
-        if out.is_symlink() or out.is_file():
-            out.unlink()
-        elif out.exists():
-            _replace(out, partial)
-            return
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: PartialDirectory, *, force: bool) -> None:
+    """Make the output visible. What it replaces survives until it stands."""
+    out, made = partial.out, partial.made
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        _move_into(out, made)
+        return
+    try:
+        # Not without `force`: then the rename fails where something has come up since it was looked for.
+        if os.path.lexists(out) and (force or out.is_symlink()):
+            out.rename(partial.replaced)
+        made.rename(out)
+    except BaseException as error:
+        if os.path.lexists(partial.replaced) and not os.path.lexists(out):
+            partial.replaced.rename(out)
+        if isinstance(error, OSError) and os.path.lexists(out) and not force:
+            raise OutputExistsError(f"`{out}` exists: another process has written it") from error
+        raise
+
+
+def _move_into(out: Path, made: Path) -> None:
+    """Fill an empty directory where it stands: somebody's shell may be in it."""
+    names = sorted(path.name for path in made.iterdir())
+    try:
+        for name in names:
+            (made / name).rename(out / name)
+    except BaseException:
+        for name in names:
+            if not os.path.lexists(made / name):
+                (out / name).rename(made / name)
+        raise
 
 
 def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
@@ -79,16 +116,3 @@ def _is_ours(out: Path) -> bool:
     return any(out.glob("*.safetensors")) or any(
         (out / name).exists() for name in ("adapter_config.json", "lora_compress")
     )
-
-
-def _replace(out: Path, partial: Path) -> None:
-    """Put `partial` in the place of the directory `out`, which survives until its successor stands."""
-    old = out.parent / f".{out.name}.{secrets.token_hex(8)}.old"
-    try:
-        out.rename(old)
-        partial.rename(out)
-    except BaseException:
-        if not out.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
