@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_compress.errors import OutputExistsError
-from lora_compress.verbs.partial import PartialDirectory, partial_directory, remove_dead_ones
+from lora_compress.verbs.partial import PartialDirectory, is_filled, partial_directory, remove_dead_ones, stands_alone
 
 
 @contextmanager
@@ -44,15 +44,23 @@ def _partial(out: Path, key: str | None, *, force: bool, inputs: tuple[Path, ...
     # `.` has a name and a parent too.
     place = out if out.is_symlink() else out.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    with partial_directory(place, key) as partial:
-        check(out, force=force, inputs=inputs)
-        yield partial
+    try:
+        with partial_directory(place, key) as partial:
+            check(out, force=force, inputs=inputs)
+            yield partial
+    except OSError as error:
+        # Of a full disk Python names no file, or the source of a copy; and nobody knows the hidden directory.
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        if error.strerror is None or (paths and not any(f"{os.sep}.{place.name}." in path for path in paths)):
+            raise
+        # The core's text may go on with a temporary file's name.
+        raise OSError(error.errno, error.strerror.partition(" (os error")[0], str(out)) from error
 
 
 def _put(partial: PartialDirectory, *, force: bool) -> None:
     """Make the output visible. What it replaces survives until it stands."""
     out, made = partial.out, partial.made
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+    if out.is_dir() and not out.is_symlink() and not is_filled(out):
         _move_into(out, made)
         return
     try:
@@ -92,15 +100,18 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
             raise OutputExistsError(f"the output `{out}` would replace a part of the input `{path}`")
     if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
         raise OutputExistsError(f"`{out}` is a device, a pipe or a dangling link, which is never replaced")
-    if not force and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+    filled = resolved.is_dir() and is_filled(resolved)
+    if not force and (out.is_file() or filled):
         state = "exists" if out.is_file() else "exists and is not empty"
         raise OutputExistsError(f"`{out}` {state}: choose another output or pass --force")
-    if force and out.is_dir() and any(out.iterdir()):
+    if force and filled:
         here = Path.cwd()
         if resolved in {here, *here.parents}:
             raise OutputExistsError(f"`{out}` is where you are, or above it: that is never replaced")
         if not _is_ours(out):
             raise OutputExistsError(f"`{out}` holds neither an adapter nor a model: --force replaces nothing else")
+        if stands_alone(out if out.is_symlink() else resolved):
+            raise OutputExistsError(f"`{out}` is mounted, or in a read-only folder: only a directory in it is replaced")
 
 
 def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:

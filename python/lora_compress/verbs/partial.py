@@ -6,10 +6,12 @@
         replaced          what the output replaces, until it stands
         journal.json      of a merge: which files in `made` are complete (verbs/journal.py)
 
-Beside the output, because a rename cannot cross file systems. An exception removes it. A killed process leaves it: the
-same work finds it again by its key, and the next run for the same output that succeeds removes it. That nobody holds
-the lock tells a dead directory from one that is at work, so where there are no such locks nothing is taken up or
-removed.
+Beside the output, because a rename cannot cross file systems; for the same reason inside it where that is an empty
+directory that nothing can be put beside: a volume of a container, say.
+
+An exception removes it. A killed process leaves it: the same work finds it again by its key, and the next run for the
+same output that succeeds removes it. That nobody holds the lock tells a dead directory from one that is at work, so
+where there are no such locks nothing is taken up or removed.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class PartialDirectory:
     def __init__(self, out: Path, key: str | None = None) -> None:
         self.out = out
         self._is_free = key is None
-        name = secrets.token_hex(KEY_DIGITS // 2) if key is None else key[:KEY_DIGITS]
-        self._path = out.parent / f".{out.name}.{name}.partial"
+        digits = secrets.token_hex(KEY_DIGITS // 2) if key is None else key[:KEY_DIGITS]
+        self._path = (out if stands_alone(out) else out.parent) / f".{out.name}.{digits}.partial"
         self._lock = -1
 
     @property
@@ -124,13 +126,23 @@ def partial_directory(out: Path, key: str | None = None) -> Iterator[PartialDire
             keyed.release()
 
 
+def stands_alone(out: Path) -> bool:
+    """Whether an output is a directory that can neither be replaced nor have anything beside it."""
+    return not out.is_symlink() and out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))
+
+
+def is_filled(out: Path) -> bool:
+    """Whether a directory holds anything but hidden directories of its own."""
+    return any(not _is_hidden(path.name, out) for path in out.iterdir())
+
+
 def remove_dead_ones(out: Path) -> None:
     """Remove what killed processes have left of earlier attempts at `out`."""
-    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{{KEY_DIGITS}}}\.partial")
-    with suppress(OSError), os.scandir(out.parent) as entries:
-        for entry in entries:
-            if name.fullmatch(entry.name):
-                remove_dead(Path(entry.path))
+    for folder in (out.parent, *([out] if stands_alone(out) else [])):
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_hidden(entry.name, out):
+                    remove_dead(Path(entry.path))
 
 
 def remove_dead(path: Path) -> None:
@@ -165,6 +177,10 @@ def _remove(path: Path) -> None:
                 entry.unlink(missing_ok=True)
         (path / LOCK).unlink(missing_ok=True)
         path.rmdir()
+
+
+def _is_hidden(name: str, out: Path) -> bool:
+    return re.fullmatch(rf"\.{re.escape(out.name)}\.[0-9a-f]{{{KEY_DIGITS}}}\.partial", name) is not None
 
 
 def _is_own_directory(path: Path) -> bool:
