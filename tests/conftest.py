@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from tests.checkpoints import Tensors, save, tiny_llama, tuned_from
 
 os.environ.setdefault("LORA_COMPRESS_PLUGINS", "0")
+# Nothing is asked of the network, whatever is installed.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # `HYPOTHESIS_PROFILE=slow make test-python` searches longer.
 quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

@@ -103,7 +103,7 @@ def test_a_users_mistake_is_one_line_that_names_it(run: Any, pair: Pair, tmp_pat
     save(tmp_path / "other", {name.replace("model.", "x."): value for name, value in other.items()}, {})
     mistakes: list[tuple[list[object], str]] = [
         (["inspect", tmp_path / "none"], "none`: No such file"),
-        (["inspect", "some-org/some-model"], "hf download"),
+        (["inspect", "some-org/some-model"], "as a Hub id it is not in the local cache"),
         (["inspect", broken], "broken.safetensors` is not a valid safetensors file"),
         (["extract", base, broken, "-o", tmp_path / "x", "-r", 2], "broken.safetensors"),
         (["extract", base, tuned, "-o", out, "-r", 2], "exists and is not empty"),

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_named_with_what_to_do(make_pair: Callable[..., Pai
     cases: list[tuple[Tensors, Tensors, dict[str, object], type[Exception], str]] = [
         ({"a.weight": one, "b.weight": one}, {"a.weight": two}, {}, SelectionError, r"lacks `b\.weight`.*--skip"),
         ({"a.weight": one}, {"a.weight": np.ones((4, 5), np.float32)}, {}, SelectionError, "has shape.*--exclude"),
-        ({"a.weight": one}, {"a.weight": one[:3]}, {}, SelectionError, r"`a\.weight` has shape"),
+        ({"a.bias": one[0]}, {"a.bias": one[0, :3]}, {}, SelectionError, r"`a\.bias` has shape"),
         ({"a.weight": one}, {"a.weight": nan}, {}, TensorError, r"`a\.weight` in `.*tuned` holds NaN at flat index 6"),
         ({"a.weight": one}, {"a.weight": one}, {}, SelectionError, "does not differ"),
         ({"a.weight": one}, {"a.weight": two}, {"exclude": ["nothing"]}, SelectionError, "`nothing` matches no tensor"),

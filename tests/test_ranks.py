@@ -228,18 +228,23 @@ def test_fingerprints_do_not_depend_on_shards(tmp_path: Path, rng: np.random.Gen
     assert fingerprint(Checkpoint(save(tmp_path / "other", tensors, config))) != one
 
 
-def test_plan_files_follow_their_schema(tuned_pair: Pair, pair: Pair) -> None:
+def test_plan_files_follow_their_schema(
+    tuned_pair: Pair, pair: Pair, make_pair: Callable[..., Pair], rng: np.random.Generator
+) -> None:
+    kernels = [{"conv.weight": rng.standard_normal((8, 4, 3, 3)).astype(np.float32)} for _ in range(2)]
     schema = json.loads((Path(__file__).parents[1] / "docs" / "plan.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
+    seen: set[str] = set()
     for plan in (
         lora_compress.plan(*tuned_pair),
         lora_compress.plan(*pair, error=0.4, ranks_allowed="8x", max_rank=16),
+        lora_compress.plan(*make_pair(*kernels), rank=2),
     ):
         data = json.loads(json.dumps(plan.to_json()))
         jsonschema.validate(data, schema)
         assert data.keys() == schema["properties"].keys()
-        rows = schema["properties"]["tensors"]["items"]["properties"].keys()
-        assert {key for row in data["tensors"] for key in row} == rows
+        seen |= {key for row in data["tensors"] for key in row}
+    assert seen == schema["properties"]["tensors"]["items"]["properties"].keys()
 
 
 def broken(data: Any, *path: Any, value: Any) -> Any:

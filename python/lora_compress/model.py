@@ -8,13 +8,16 @@ and which output head shares the embedding's matrix.
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_compress._native import Checkpoint
 from lora_compress.errors import CheckpointError
+from lora_compress.hub import resolve
 
 CONFIG = "config.json"
 WEIGHT = ".weight"
@@ -26,6 +29,15 @@ EMBEDDING = re.compile(r"(?i)(?!.*(?:out|proj|norm|embedder|mapping)).*embed.*|w
 # transformers' `Conv1D` stores its weight as (in, out): the layers of that type, by the model types that have it.
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 CONV1D = re.compile(r"c_attn|c_fc|c_proj|q_attn")
+
+# No kernel of a convolution is longer in any direction; the last dimensions of stacked experts are.
+LONGEST_KERNEL = 64
+# Weights of experts that are stored as one tensor (experts, …, …), by how their modules are called.
+EXPERTS = re.compile(r"(?i)(^|[._])(experts?|moe)([._]|$)")
+# Models whose stacked experts are (experts, in, out); those of all others are (experts, out, in): the decorator
+# `use_experts_implementation(is_transposed=True)` of transformers, which PEFT asks.
+TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
+MATRIX = re.compile(r"(?P<stack>.+)\[(?P<number>0|[1-9][0-9]*)\]")
 
 # Dtypes that have arithmetic here.
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
@@ -47,14 +59,13 @@ class Model:
 
     @classmethod
     def open(cls, path: str | Path) -> Model:
-        """Open a safetensors file, or a directory with one or several of them.
+        """Open a file of safetensors or PyTorch, a directory with one or several of them, or `ORG/NAME` of the Hub.
 
         Raises `FileNotFoundError` or another `OSError`, and `CheckpointError` for files that break their format.
         """
-        path = Path(path)
+        path = resolve(path)
         if not path.exists():
-            hint = "; Hub ids are not resolved, download the model first (`hf download ORG/NAME`)"
-            raise FileNotFoundError(2, f"No such file or directory{hint if looks_like_hub_id(path) else ''}", str(path))
+            raise FileNotFoundError(2, "No such file or directory", str(path))
         checkpoint = Checkpoint(path)
         folder = path if path.is_dir() else path.parent
         return cls(path, checkpoint, read_json(folder / CONFIG))
@@ -69,6 +80,10 @@ class Model:
     def model_type(self) -> str:
         """`model_type` of the configuration, empty where there is none."""
         return str(self.config.get("model_type", ""))
+
+    def has_transposed_experts(self) -> bool:
+        """Whether stacked experts are stored as (experts, in, out)."""
+        return self.model_type in TRANSPOSED_EXPERTS
 
     def is_conv1d(self, tensor: str) -> bool:
         """Whether `tensor` is the weight of a transformers `Conv1D`, stored as (in, out)."""
@@ -101,17 +116,40 @@ def module_of(tensor: str) -> str | None:
 
 def last_component(tensor: str) -> str:
     """Last component of the module's path: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
-    return (module_of(tensor) or tensor).rpartition(".")[2]
+    stack = stack_of(tensor)
+    name = stack[0] if stack else tensor
+    return (module_of(name) or name).rpartition(".")[2]
+
+
+def is_convolution(tensor: str, shape: Sequence[int]) -> bool:
+    """Whether the tensor is, by name and shape, the kernel (out, in, …) of a convolution in one to three dimensions."""
+    return module_of(tensor) is not None and 3 <= len(shape) <= 5 and max(shape[2:]) <= LONGEST_KERNEL
+
+
+def is_stack(tensor: str, shape: Sequence[int]) -> bool:
+    """Whether the tensor is a stack of matrices, one for each expert."""
+    return len(shape) == 3 and not is_convolution(tensor, shape) and EXPERTS.search(tensor) is not None
+
+
+def matrices(stack: str, count: int) -> list[str]:
+    """Names of the matrices of a stack, by which the core knows them."""
+    return [f"{stack}[{number}]" for number in range(count)]
+
+
+def stack_of(tensor: str) -> tuple[str, int] | None:
+    """The stack that a matrix belongs to, and its number there; None for a tensor that is no such matrix."""
+    match = MATRIX.fullmatch(tensor)
+    return (match["stack"], int(match["number"])) if match else None
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight seen as a matrix: (out, in·kernel) of a convolution."""
+    return shape[0], math.prod(shape[1:])
 
 
 def is_embedding(tensor: str) -> bool:
     """Whether the tensor is, by its name, the weight of an embedding: rows are entries of a vocabulary."""
     return tensor.endswith(WEIGHT) and EMBEDDING.fullmatch(last_component(tensor)) is not None
-
-
-def looks_like_hub_id(path: Path) -> bool:
-    """Whether a missing path has the form ORG/NAME of the Hub."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) is not None and not path.parent.exists()
 
 
 def _refuse_constant(name: str) -> None:

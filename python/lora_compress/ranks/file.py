@@ -80,6 +80,8 @@ def _tensor_json(tensor: TensorPlan, weight: float) -> dict[str, Any]:
             # To the last bit: whether anything is left beyond them is a difference of large numbers.
             "sigma": spectrum.sigma.tolist(),
         }
+        if spectrum.shape != tensor.shape:
+            row["matrix"] = list(spectrum.shape)
     return row
 
 
@@ -144,10 +146,11 @@ def _tensor(row: Any) -> TensorPlan:
         )
         spectrum = None
         if "sigma" in row:
-            if len(shape) != 2 or energy is None:
+            matrix = tuple(_integer(size) for size in row.get("matrix", shape))
+            if len(matrix) != 2 or math.prod(matrix) > math.prod(shape) or energy is None:
                 raise PlanError("a spectrum needs a matrix and its energy")
             spectrum = Spectrum(
-                (shape[0], shape[1]),
+                (matrix[0], matrix[1]),
                 [float(value) for value in row["sigma"]],
                 energy,
                 base_energy=base_energy or 0.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lora_compress.ranks.plan import Plan, TensorPlan
 
 # Products with columns that the iteration needs: about 6.5 for each direction, and some for the test of its claim
@@ -28,11 +30,12 @@ def memory(plan: Plan) -> int:
 
 
 def _work(tensor: TensorPlan, rank: int) -> float:
-    rows, cols = tensor.shape
+    # A kernel is a matrix of its rows; the experts of a stack are one below the other.
+    rows, cols = tensor.shape[0], math.prod(tensor.shape[1:])
     return rows * cols * (COLUMNS * rank + PROBE)
 
 
 def _bytes(tensor: TensorPlan) -> int:
-    rows, cols = tensor.shape
+    rows, cols = tensor.spectrum.shape if tensor.spectrum is not None else (0, 0)
     columns = max(8 * tensor.rank, 384) + 128
     return 2 * rows * cols + 6 * (rows + cols) * min(columns, min(rows, cols)) + 64 * 64 * min(rows, cols)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_compress.errors import AdapterError, CheckpointError
 from lora_compress.model import Model, read_json
 from lora_compress.verbs import output
 from lora_compress.verbs.account import SCHEMA_VERSION
+from lora_compress.verbs.companions import copy_own
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.side_file import FOLDER
 
@@ -96,7 +96,7 @@ def unmerge(
             unmerge_shard(model.checkpoint, patch, number, folder / shard.name, progress.advance)
         for path in sorted(merged.iterdir()):
             if path.is_file() and not path.name.endswith(".safetensors") and path.name not in replaced:
-                shutil.copy2(path, folder / path.name)
+                copy_own(path, folder)
         for name, stored in replaced.items():
             if stored is not None:
                 (folder / name).write_bytes(_decoded(merged, stored))

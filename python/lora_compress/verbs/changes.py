@@ -12,6 +12,7 @@ from lora_compress.adapter import Format, stores_factors
 from lora_compress.errors import PlanError, TensorError
 from lora_compress.model import FLOATS, HEAD, WEIGHT, Model, last_component
 from lora_compress.verbs.account import TensorAccount
+from lora_compress.verbs.align import open_pair
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress
 from lora_compress.verbs.selection import Pair, Selection, Treatment, matching, refuse, select
@@ -88,7 +89,7 @@ class Changes:
     def unit(self, pair: Pair, dtype: str) -> int:
         """Bytes that one more rank of a matrix takes in an adapter."""
         copies = 2 if pair.name == self.tied_embedding else 1
-        return sum(pair.base.shape) * DTYPES[dtype] * copies
+        return (pair.rows + pair.matrix[1]) * DTYPES[dtype] * copies
 
     @property
     def zeros(self) -> list[Pair]:
@@ -109,7 +110,7 @@ class Changes:
 
 def find_changes(base: str | Path, tuned: str | Path, target: Format, options: Options, progress: Progress) -> Changes:
     """Open both models, pair their tensors, compare bytes, and settle every treatment. Raises as `extract` does."""
-    base_model, tuned_model = Model.open(base), Model.open(tuned)
+    base_model, tuned_model, renamed = open_pair(base, tuned)
     selection = select(
         base_model,
         tuned_model,
@@ -129,7 +130,7 @@ def find_changes(base: str | Path, tuned: str | Path, target: Format, options: O
         tuned_model,
         selection,
         tuple(pairs),
-        tuple(warnings),
+        (*renamed, *warnings),
         tied if tied in low_rank else None,
         frozenset(matching("--embedding", options.embeddings, sorted(low_rank))),
     )
@@ -228,6 +229,10 @@ def _assign(base: Model, target: Format, pairs: Sequence[Pair]) -> tuple[list[Pa
             pair = replace(pair, treatment=Treatment.EXACT)
             warnings.append(f"`{pair.name}` is stored whole: the format `{target.name}` has no name for its factors")
         elif pair.treatment is Treatment.EXACT and len(pair.base.shape) > 2:
-            warnings.append(f"`{pair.name}` is stored whole: {len(pair.base.shape)}-D weights are not decomposed yet")
+            warnings.append(f"`{pair.name}` is stored whole: it is neither a convolution nor a stack of experts")
+        elif pair.treatment is Treatment.LOW_RANK and pair.matrix[0] < pair.rows:
+            warnings.append(
+                f"tuned has {pair.rows - pair.matrix[0]} rows fewer in `{pair.name}`: these keep the base's values"
+            )
         assigned.append(pair)
     return assigned, warnings

@@ -17,6 +17,7 @@ from lora_compress._native import Checkpoint, first_match
 from lora_compress.errors import AdapterError
 from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS
 from lora_compress.formats.peft.read import FACTOR
+from lora_compress.hub import resolve
 from lora_compress.model import HEAD, Model, is_embedding, last_component, read_json
 from lora_compress.ranks.choice import VLLM
 from lora_compress.verbs.account import SCHEMA_VERSION
@@ -87,7 +88,7 @@ def check(adapter: str | Path, consumer: str) -> CheckResult:
     """
     if consumer not in CONSUMERS:
         raise ValueError(f"there are no rules for `{consumer}`: take one of {', '.join(CONSUMERS)}")
-    path = Path(adapter)
+    path = resolve(adapter)
     return CheckResult(path, consumer, tuple(CONSUMERS[consumer].rules(_facts(path))))
 
 
@@ -278,7 +279,7 @@ def fix(
     part = read_adapter(adapter, model)
     names = sorted({*part.low_rank, *part.computed})
     left_out = [name for name in names if is_embedding(name) or last_component(name) == HEAD]
-    rank = max(_facts(Path(adapter)).ranks.values(), default=1)
+    rank = max(_facts(resolve(adapter)).ranks.values(), default=1)
     wishes: dict[str, Any] = {"layout": wanted.layout, "rank": rank} if wanted.layout else {}
     if consumer == "vllm" and rank > VLLM[-1]:
         wishes = {"rank": VLLM[-1]}

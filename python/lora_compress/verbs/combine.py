@@ -19,10 +19,10 @@ from lora_compress import plugins
 from lora_compress._native import Spectrum, __version__, fingerprint
 from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, Stored, stores_factors
 from lora_compress.errors import SelectionError, TensorError
-from lora_compress.model import Model, last_component
+from lora_compress.model import Model, is_convolution, is_stack, last_component, matrix_shape
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
-from lora_compress.verbs import output, side_file
+from lora_compress.verbs import output, side_file, stacks
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.changes import DTYPES, Options
 from lora_compress.verbs.combined_tensors import Combined, Consensus, Sum
@@ -230,9 +230,8 @@ def combine(
 
 
 def _shape(model: Model, name: str) -> tuple[int, int]:
-    """Rows and columns of a matrix of the base."""
-    rows, cols = model.checkpoint.info(name).shape
-    return rows, cols
+    """Rows and columns of a weight of the base, seen as a matrix."""
+    return matrix_shape(model.checkpoint.info(name).shape)
 
 
 Whole = dict[str, list[tuple[Any, str, float]]]
@@ -247,7 +246,9 @@ def _same_kind(model: Model, names: Sequence[str], left_out: set[str]) -> list[s
     return [
         tensor.name
         for tensor in others
-        if len(tensor.shape) == 2 and 0 not in tensor.shape and last_component(tensor.name) in kinds
+        if last_component(tensor.name) in kinds
+        and 0 not in tensor.shape
+        and (len(tensor.shape) == 2 or is_convolution(tensor.name, tensor.shape))
     ]
 
 
@@ -283,9 +284,9 @@ def _ranks(
         spectra |= _by_name("reading spectra", partial(_spectrum, combined, counts), [*counts], combined, progress)
         plan = _plan(model, spectra, exact, choice, dtype, tied)
         if not plan.unsettled:
-            return dict.fromkeys(names, 0) | plan.stored_ranks
+            return dict.fromkeys(names, 0) | stacks.spread_ranks(plan.stored_ranks, names)
         known = {tensor.name: len(tensor.spectrum.sigma) for tensor in plan.low_rank if tensor.spectrum is not None}
-        counts = {name: 2 * known[name] for name in plan.unsettled}
+        counts = {name: 2 * known[stacks.whole(name)] for name in names if stacks.whole(name) in plan.unsettled}
 
 
 def _spectrum(combined: Combined, counts: Mapping[str, int], name: str) -> Spectrum | None:
@@ -316,20 +317,23 @@ def _plan(
     """The plan of an adapter of these spectra, and of what is stored whatever the ranks."""
     sizes = {name: model.checkpoint.info(name).nbytes for name in exact[0]}
     sizes |= {name: sizes.get(name, 0) + held.info(key).nbytes for name, (held, key) in exact[1].items()}
+    sizes, joined = stacks.join_sizes(sizes), stacks.join_spectra(spectra)
     tensors = []
-    for name in sorted({*spectra, *sizes}):
-        info, spectrum = model.checkpoint.info(name), spectra.get(name)
-        is_stored = spectrum is not None or (name in spectra and choice.layout == "uniform")
+    for name in sorted({*joined, *sizes}):
+        info, spectrum = model.checkpoint.info(name), joined.get(name)
+        is_stored = spectrum is not None or (name in joined and choice.layout == "uniform")
+        # One more rank of a stack is one of each of its experts.
+        experts, shape = (info.shape[0], info.shape[1:]) if is_stack(name, info.shape) else (1, info.shape)
         tensors.append(
             TensorPlan(
                 name,
                 info.dtype,
                 tuple(info.shape),
-                "low-rank" if name in spectra else "exact",
+                "low-rank" if name in joined else "exact",
                 (spectrum.energy if spectrum is not None else 0.0) if is_stored else None,
                 None,
                 fixed=sizes.get(name, 0),
-                unit=sum(info.shape) * DTYPES[dtype] * (2 if name == tied else 1) if is_stored else 0,
+                unit=experts * sum(matrix_shape(shape)) * DTYPES[dtype] * (1 + (name == tied)) if is_stored else 0,
                 spectrum=spectrum,
             )
         )

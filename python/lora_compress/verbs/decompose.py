@@ -151,9 +151,14 @@ def decompose(
     for pair in task.pairs if not storing.as_factors else ():
         rank = storing.pads.get(pair.name, 0)
         if rank and (pair.name in pairs or storing.fills):
-            b, a = pairs.get(pair.name, empty(*pair.base.shape))
+            b, a = pairs.get(pair.name, empty(*pair.matrix))
             pairs[pair.name] = padded(b, a, rank)
             accounts[pair.name] = replace(accounts[pair.name], rank=rank)
+    for pair in task.pairs:
+        if pair.name in pairs and pair.matrix[0] < pair.rows:
+            b, a = pairs[pair.name]
+            # Nothing is known of rows that tuned does not have.
+            pairs[pair.name] = np.pad(b, ((0, pair.rows - len(b)), (0, 0))), a
     return Decomposed(list(accounts.values()), pairs, stored.group)
 
 

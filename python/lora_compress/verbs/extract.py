@@ -18,7 +18,7 @@ from lora_compress import plugins
 from lora_compress._native import Workspace, __version__, fingerprint, kernel
 from lora_compress.adapter import AdapterPlan, stores_factors
 from lora_compress.errors import PlanError, SelectionError
-from lora_compress.model import last_component
+from lora_compress.model import last_component, matrix_shape
 from lora_compress.ranks.choice import ERROR, RankChoice, choose
 from lora_compress.ranks.file import read
 from lora_compress.ranks.plan import Plan
@@ -34,6 +34,7 @@ from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.plan import check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Treatment
+from lora_compress.verbs.stacks import spread_ranks
 from lora_compress.verbs.tasks import check_some_fit, planned_groups, planned_pairs, tasks, zeros
 
 if TYPE_CHECKING:
@@ -324,8 +325,8 @@ def _broken_wishes(
 def _ranks(changes: Changes, plan: Plan | None, choice: RankChoice) -> dict[str, int]:
     """The rank of every matrix that will have factors; in the uniform layout also of those that get zeros."""
     if plan is not None:
-        return plan.stored_ranks
-    ranks = choice.fixed_ranks({pair.name: min(pair.base.shape) for pair in changes.low_rank if pair.elements})
+        return spread_ranks(plan.stored_ranks, (pair.name for pair in changes.pairs))
+    ranks = choice.fixed_ranks({pair.name: min(pair.matrix) for pair in changes.low_rank if pair.elements})
     zeros = changes.zeros if choice.layout == "uniform" else []
     return ranks | {pair.name: max(ranks.values(), default=0) for pair in zeros}
 
@@ -347,7 +348,9 @@ def _pad_unchanged(
     for account in untouched(changes):
         if pads.get(account.name) and account.treatment is Treatment.UNCHANGED:
             rank = pads[account.name]
-            size = cast("AdapterWriter", writer).write(account.name, *padded(*empty(*account.shape), rank))
+            size = cast("AdapterWriter", writer).write(
+                account.name, *padded(*empty(*matrix_shape(account.shape)), rank)
+            )
             account = replace(account, rank=rank, nbytes=size)
         accounts.append(account)
     return accounts

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_compress import plugins
 from lora_compress._native import Checkpoint, TensorInfo
+from lora_compress.hub import resolve
 from lora_compress.model import Model, read_json
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.side_file import read_manifest
@@ -42,7 +43,7 @@ class InspectResult:
         """Bytes by dtype, largest first."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
-            counts[tensor.dtype] += tensor.nbytes
+            counts[tensor.stored_dtype] += tensor.nbytes
         return dict(counts.most_common())
 
     def to_json(self) -> dict[str, Any]:
@@ -68,9 +69,9 @@ def inspect(path: str | Path) -> InspectResult:
     """Describe a checkpoint or an adapter directory. Reads headers and configuration only; raises as `Model.open`
     does.
     """
-    path = Path(path)
+    path = resolve(path)
     if plugins.load().format_of(path) is not None:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(file for file in path.glob("adapter*") if file.suffix in {".safetensors", ".bin"})
         tensors = [tensor for file in files for tensor in Checkpoint(file).tensors()]
         manifest = read_manifest(path)
         config = read_json(path / "adapter_config.json") or read_json(path / "adapter_factors.json")

@@ -30,15 +30,16 @@ from lora_compress._native import (
 )
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError
+from lora_compress.hub import resolve
 from lora_compress.model import FLOATS, Model, names
 from lora_compress.verbs import base_patch, output
 from lora_compress.verbs.account import SCHEMA_VERSION
-from lora_compress.verbs.companions import write_companions
+from lora_compress.verbs.companions import shard_names, write_companions
 from lora_compress.verbs.journal import Arrival, Journal, arrivals, key_of
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.side_file import read_manifest, with_side_file
+from lora_compress.verbs.stacks import whole
 
-SINGLE = "model.safetensors"
 NEAREST, STOCHASTIC = ROUNDINGS = ("nearest", "stochastic")
 # An update of which less than this arrives is worth a warning.
 ENOUGH = 0.95
@@ -155,7 +156,7 @@ def merge(
 
     if as_file and len(model.checkpoint.shards) > 1:
         raise ValueError(f"`{base}` has several shards: `{out}` must be a directory")
-    shards, resumed = [shard.name if model.path.is_dir() else SINGLE for shard in model.checkpoint.shards], 0
+    shards, resumed, skipped = shard_names(model), 0, list[str]()
     if as_file:
         with output.new_file(out, force=force, inputs=inputs) as path:
             merged = arrivals(write(0, path))
@@ -164,19 +165,23 @@ def merge(
         with output.new_directory(out, force=force, inputs=inputs, key=key) as folder:
             journal = Journal(folder, key, shards)
             resumed = len(journal.done)
-            report.advance(sum(tensor.nbytes for tensor in model.checkpoint.tensors() if tensor.shard in journal.done))
+            taken_up = {
+                file.name for file, name in zip(model.checkpoint.shards, shards, strict=True) if name in journal.done
+            }
+            report.advance(sum(tensor.nbytes for tensor in model.checkpoint.tensors() if tensor.shard in taken_up))
             if keep_base_patch:
                 kept = base_patch.begin(folder, model, sorted(updates))
             merged = _missing_too(journal, folder, shards, write)
-            write_companions(model, parts, folder, dtype)
+            skipped = write_companions(model, parts, folder, shards, dtype)
             if kept is not None:
                 base_patch.finish(kept, folder, model)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     lost, gain, said = _arrived(merged)
-    warnings = [warning for part in parts for warning in part.warnings] + said
-    copied = len(names(model.checkpoint)) - len(updates)
+    warnings = [*(warning for part in parts for warning in part.warnings), *skipped, *said]
+    changed = len({whole(name) for name in updates})
+    copied = len(names(model.checkpoint)) - changed
     seconds = time.perf_counter() - started
-    return MergeResult(out, len(updates), copied, nbytes, lost, gain, len(shards), resumed, seconds, tuple(warnings))
+    return MergeResult(out, changed, copied, nbytes, lost, gain, len(shards), resumed, seconds, tuple(warnings))
 
 
 def _missing_too(
@@ -234,7 +239,7 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
 
     Raises `AdapterError` when no format recognises it, or when it has parts for tensors that `base` does not have.
     """
-    path = Path(path)
+    path = resolve(path)
     if not path.exists():
         raise FileNotFoundError(2, "No such adapter", str(path))
     host = plugins.load()
@@ -248,7 +253,7 @@ def read_adapter(path: str | Path, base: Model) -> Adapter:
     with plugins.blame(host.formats.origin(form.name), f"failed in `read` of `{form.name}`"):
         adapter = form.read(path, base)
     adapter = with_side_file(adapter)
-    unknown = sorted(adapter.tensors() - set(names(base.checkpoint)))
+    unknown = sorted(name for name in adapter.tensors() if name not in base.checkpoint)
     if unknown:
         raise AdapterError(
             f"`{path}` changes `{unknown[0]}`, which `{base.path}` does not have: is it an adapter of another base?"

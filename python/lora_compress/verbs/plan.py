@@ -30,6 +30,7 @@ from lora_compress.verbs.changes import (
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Pair, Treatment
+from lora_compress.verbs.stacks import join_accounts, join_sizes, join_spectra, whole
 
 # σ are needed to a few digits; energies to the tolerance of the factors are found when factors are.
 TOLERANCE = 1e-3
@@ -106,13 +107,12 @@ def plan_changes(
             time.perf_counter() - started,
             changes.warnings,
         ).choose(choice)
-        again = [pair for pair in changes.changed if pair.name in result.unsettled]
+        again = [pair for pair in changes.changed if whole(pair.name) in result.unsettled]
         if not again:
             return result
         known = {tensor.name: len(tensor.spectrum.sigma) for tensor in result.low_rank if tensor.spectrum is not None}
-        measured |= _measure(
-            changes, again, {name: 2 * count for name, count in known.items()}, choice, options, None, progress
-        )
+        doubled = {pair.name: 2 * known[whole(pair.name)] for pair in again}
+        measured |= _measure(changes, again, doubled, choice, options, None, progress)
 
 
 def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
@@ -126,10 +126,9 @@ def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
                 "changed since: plan again"
             )
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    accounts = {account.name: account for account in untouched(changes)}
-    for pair in changes.changed:
-        accounts[pair.name] = unmeasured_account(pair)
-    units, matrices = _units(changes, options), {pair.name for pair in changes.low_rank}
+    unmeasured = [*untouched(changes), *map(unmeasured_account, changes.changed)]
+    accounts = {account.name: account for account in join_accounts(unmeasured)}
+    units, matrices = _units(changes, options), {whole(pair.name) for pair in changes.low_rank}
     for name in sorted({*planned, *accounts}):
         tensor, account = planned.get(name), accounts.get(name)
         if tensor is None or account is None:
@@ -201,30 +200,32 @@ def first_bound(choice: RankChoice, shape: tuple[int, int]) -> int:
 
 
 def _units(changes: Changes, options: Options) -> dict[str, int]:
-    """What one more rank takes, in bytes, of every matrix that may get factors."""
-    return {
-        pair.name: changes.unit(pair, options.dtype) for pair in [*changes.low_rank, *changes.zeros] if pair.elements
-    }
+    """What one more rank takes, in bytes, of every matrix that may get factors, and of every stack of some."""
+    mine = {whole(pair.name) for pair in [*changes.low_rank, *changes.zeros] if pair.elements}
+    return join_sizes(
+        {pair.name: changes.unit(pair, options.dtype) for pair in changes.pairs if whole(pair.name) in mine}
+    )
 
 
 def _tensors(changes: Changes, measured: Measured, options: Options) -> tuple[TensorPlan, ...]:
     units = _units(changes, options)
-    tensors = []
-    for account, spectrum in [*measured.values(), *((account, None) for account in untouched(changes))]:
-        tensors.append(
-            TensorPlan(
-                account.name,
-                account.dtype,
-                account.shape,
-                account.treatment.value,
-                account.delta_energy,
-                account.base_energy,
-                account.new_rows,
-                account.nbytes,
-                units.get(account.name, 0),
-                spectrum,
-            )
+    spectra = join_spectra({name: spectrum for name, (_, spectrum) in measured.items()})
+    accounts = join_accounts([*(account for account, _ in measured.values()), *untouched(changes)])
+    tensors = [
+        TensorPlan(
+            account.name,
+            account.dtype,
+            account.shape,
+            account.treatment.value,
+            account.delta_energy,
+            account.base_energy,
+            account.new_rows,
+            account.nbytes,
+            units.get(account.name, 0),
+            spectra.get(account.name),
         )
+        for account in accounts
+    ]
     if not any(tensor.fixed or tensor.spectrum is not None for tensor in tensors):
         raise SelectionError(nothing_changed(changes))
     return tuple(sorted(tensors, key=lambda tensor: tensor.name))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from lora_compress._native import TensorInfo, same_bytes
 from lora_compress.errors import SelectionError
-from lora_compress.model import FLOATS, HEAD, WEIGHT, Model
+from lora_compress.model import FLOATS, HEAD, WEIGHT, Model, is_convolution, is_stack, matrices, matrix_shape
 
 WHOLE = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
@@ -39,6 +39,17 @@ class Pair:
     treatment: Treatment
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of ΔW seen as a matrix: those that both sides have."""
+        rows, cols = matrix_shape(self.base.shape)
+        return min(rows, self.tuned.shape[0]), cols
+
+    @property
+    def rows(self) -> int:
+        """Rows of the base's matrix."""
+        return self.base.shape[0]
+
+    @property
     def new_rows(self) -> int:
         """Rows that tuned has beyond the base's (a grown vocabulary); 0 where the shapes differ otherwise."""
         if not self.base.shape or self.base.shape[1:] != self.tuned.shape[1:]:
@@ -47,8 +58,9 @@ class Pair:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a matrix of a float dtype on both sides."""
-        return len(self.base.shape) == 2 and {self.base.dtype, self.tuned.dtype} <= FLOATS
+        """Whether it is a matrix, or a kernel that is seen as one, of a float dtype on both sides."""
+        is_matrix = len(self.base.shape) == 2 or is_convolution(self.name, self.base.shape)
+        return is_matrix and {self.base.dtype, self.tuned.dtype} <= FLOATS
 
     @property
     def elements(self) -> int:
@@ -89,8 +101,10 @@ def select(
         raise SelectionError(
             f"`{side.path}` lacks {_some(lacking)}: pass --skip-missing to go on without, or --exclude a pattern"
         )
-    pairs = tuple(_pair(name, ours[name], theirs[name], name in chosen) for name in both)
-    return Selection(pairs, missing, tied)
+    pairs = [
+        pair for name in both for pair in _matrices(_pair(name, ours[name], theirs[name], name in chosen), base, tuned)
+    ]
+    return Selection(tuple(pairs), missing, tied)
 
 
 def matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
@@ -114,17 +128,29 @@ def _chosen(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
     return included - matching("--exclude", exclude, names)
 
 
+def _matrices(pair: Pair, base: Model, tuned: Model) -> list[Pair]:
+    """The pair itself; of stacked experts a pair for each, as every expert has a ΔW of its own."""
+    is_float = {pair.base.dtype, pair.tuned.dtype} <= FLOATS
+    if pair.treatment is not Treatment.EXACT or not is_float or not is_stack(pair.name, pair.base.shape):
+        return [pair]
+    names = matrices(pair.name, pair.base.shape[0])
+    return [Pair(name, base.checkpoint.info(name), tuned.checkpoint.info(name), Treatment.LOW_RANK) for name in names]
+
+
 def _pair(name: str, base: TensorInfo, tuned: TensorInfo, chosen: bool) -> Pair:
-    grown = bool(base.shape) and base.shape[1:] == tuned.shape[1:] and tuned.shape[0] >= base.shape[0]
     if not chosen:
         return Pair(name, base, tuned, Treatment.EXCLUDED)
-    if base.shape != tuned.shape and not grown:
+    pair = Pair(name, base, tuned, Treatment.EXACT)
+    alike = bool(base.shape) and base.shape[1:] == tuned.shape[1:] and not is_stack(name, base.shape)
+    fewer = alike and tuned.shape[0] < base.shape[0]
+    # The rows that a smaller vocabulary lacks keep the base's values, which needs factors that are zero there.
+    if base.shape != tuned.shape and (not alike or (fewer and not pair.is_matrix)):
         raise SelectionError(
             f"`{name}` has shape {base.shape} in the base and {tuned.shape} in the tuned model: only "
-            f"further rows can be carried; --exclude '^{re.escape(name)}$' leaves it out"
+            f"the rows of matrices may be more or fewer; --exclude '^{re.escape(name)}$' leaves it out"
         )
     if base.dtype in FLOATS and tuned.dtype in FLOATS:
-        return Pair(name, base, tuned, Treatment.LOW_RANK if len(base.shape) == 2 else Treatment.EXACT)
+        return replace(pair, treatment=Treatment.LOW_RANK) if pair.is_matrix else pair
     if base.dtype == tuned.dtype and base.dtype in WHOLE and len(base.shape) < 2:
         return Pair(name, base, tuned, Treatment.EXACT)
     # Equal bytes need no treatment, whatever their dtype: whether this is an error is known once they are compared.

@@ -51,7 +51,7 @@ class Task:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(rows, cols) of every tensor that is decomposed."""
-        return [(pair.base.shape[0], pair.base.shape[1]) for pair in self.pairs] if self.method is not None else []
+        return [pair.matrix for pair in self.pairs] if self.method is not None else []
 
 
 def tasks(
@@ -66,7 +66,7 @@ def tasks(
     whole = [Task((pair,)) for pair in changes.changed if pair.name not in pairs]
     origin = plugins.load().decompositions.origin(method.name)
     with plugins.blame(origin, f"failed to group layers or to size the factors of `{method.name}`"):
-        groups = method.groups([Layer(pair.name, *pair.base.shape) for pair in pairs.values()])
+        groups = method.groups([Layer(pair.name, *pair.matrix) for pair in pairs.values()])
         decomposed = []
         for group in groups:
             task = Task(tuple(pairs[layer.name] for layer in group), method)
@@ -128,7 +128,7 @@ def planned_pairs(work: Sequence[Task], pads: Mapping[str, int]) -> list[Planned
             pair_elements += lowered * sum(shape)
             rank = max(lowered, pads.get(pair.name, 0))
             if rank:
-                planned.append(PlannedFactors(pair.name, *shape, rank))
+                planned.append(PlannedFactors(pair.name, pair.rows, shape[1], rank))
         parameters += method.parameters(task.shapes, task.rank) if task.rank else 0
     if pair_elements >= elements and pair_elements > parameters:
         raise SelectionError(
@@ -158,7 +158,7 @@ def planned_groups(work: Sequence[Task]) -> list[GroupFactors]:
 def zeros(changes: Changes, ranks: Mapping[str, int]) -> list[PlannedFactors]:
     """Pairs of zeros of the uniform layout."""
     return [
-        PlannedFactors(pair.name, pair.base.shape[0], pair.base.shape[1], ranks[pair.name])
+        PlannedFactors(pair.name, pair.rows, pair.matrix[1], ranks[pair.name])
         for pair in changes.pairs
         if pair.treatment is Treatment.UNCHANGED and ranks.get(pair.name)
     ]

@@ -14,8 +14,9 @@ from typing import Any
 from lora_compress._native import Comparison, Update, compare, fingerprint, same_bytes
 from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
-from lora_compress.model import FLOATS, Model, names
+from lora_compress.model import FLOATS, Model, is_stack, matrices
 from lora_compress.verbs.account import SCHEMA_VERSION, relative
+from lora_compress.verbs.align import open_pair
 from lora_compress.verbs.merge import read_adapter
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress, Silent
@@ -128,13 +129,13 @@ def verify(
     Raises as `merge` does.
     """
     started = time.perf_counter()
-    base_model, tuned_model = Model.open(base), Model.open(tuned)
+    base_model, tuned_model, renamed = open_pair(base, tuned)
     if base_model.path.resolve() == tuned_model.path.resolve():
         raise SelectionError(f"base and tuned are the same model, `{base}`")
     parts = read_adapter(adapter, base_model)
-    manifest = read_manifest(Path(adapter))
+    manifest = read_manifest(parts.path)
     promised = {str(row["name"]): row for row in manifest.get("tensors", [])}
-    ours, theirs = names(base_model.checkpoint), set(names(tuned_model.checkpoint))
+    ours, theirs = _matrices(base_model), set(_matrices(tuned_model))
     both = [name for name in ours if name in theirs]
     equal = {name for name in both if _is_equal(base_model, tuned_model, parts, name)}
     checkable = [name for name in both if name not in equal and _is_comparable(base_model, tuned_model, parts, name)]
@@ -156,7 +157,7 @@ def verify(
         stored = name in parts.replacements
         checks.append(_check(name, comparison, promised.get(name), stored=stored, same_dtype=same_dtype))
         progress.advance(sizes[name], 1, name)
-    warnings = []
+    warnings = renamed
     if manifest.get("tuned_fingerprint") not in {None, fingerprint(tuned_model.checkpoint)}:
         warnings.append(
             f"`{adapter}` was extracted from another tuned model than `{tuned}` (it says `{manifest.get('tuned')}`)"
@@ -165,13 +166,24 @@ def verify(
     return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), seconds, tuple(warnings))
 
 
+def _matrices(model: Model) -> list[str]:
+    """Names of all tensors; of stacked experts, those of each expert's matrix."""
+    tensors = model.checkpoint.tensors()
+    return [
+        name
+        for tensor in tensors
+        for name in (matrices(tensor.name, tensor.shape[0]) if is_stack(tensor.name, tensor.shape) else [tensor.name])
+    ]
+
+
 def _is_comparable(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:
     ours, theirs = base.checkpoint.info(name), tuned.checkpoint.info(name)
     shape = list(ours.shape)
     if name in adapter.new_rows and shape:
         checkpoint, key = adapter.new_rows[name]
         shape[0] += checkpoint.info(key).shape[0]
-    return {ours.dtype, theirs.dtype} <= FLOATS and shape == list(theirs.shape)
+    fewer = shape[1:] == theirs.shape[1:] and len(shape) > 1 and theirs.shape[0] < shape[0]
+    return {ours.dtype, theirs.dtype} <= FLOATS and (fewer or shape == list(theirs.shape))
 
 
 def _is_equal(base: Model, tuned: Model, adapter: Adapter, name: str) -> bool:

@@ -64,7 +64,9 @@ impl Grid {
             } else if size.div_ceil(USUAL) == scales {
                 Some(USUAL)
             } else {
-                size.is_multiple_of(scales).then(|| (size / scales).max(1))
+                // Blocks of other sizes are powers of two, or whole sides.
+                let block = (size / scales).max(1);
+                (size.is_multiple_of(scales) && (scales == 1 || block.is_power_of_two())).then_some(block)
             }
         };
         let block = (side(matrix.0, own.0)?, side(matrix.1, own.1)?);
@@ -164,7 +166,7 @@ mod tests {
         assert_eq!(grid(&[300, 200], &[3, 2]), Some((128, 128)));
         assert_eq!(grid(&[4, 300, 200], &[4, 3, 2]), Some((128, 128)));
         assert_eq!(grid(&[64, 64], &[2, 4]), Some((32, 16)));
-        for misfit in [&[2, 3][..], &[7], &[3, 2, 1], &[0, 1]] {
+        for misfit in [&[2, 3][..], &[2, 2], &[7], &[3, 2, 1], &[0, 1]] {
             assert_eq!(grid(&[300, 200], misfit), None, "{misfit:?}");
         }
     }

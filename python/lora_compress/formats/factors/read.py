@@ -14,7 +14,7 @@ from lora_compress._native import Checkpoint
 from lora_compress.adapter import Adapter
 from lora_compress.decompositions.network import Network
 from lora_compress.errors import AdapterError
-from lora_compress.model import FLOATS, Model, read_json
+from lora_compress.model import FLOATS, Model, matrix_shape, read_json
 
 if TYPE_CHECKING:
     from lora_compress.adapter import Compute, Float32Matrix
@@ -96,12 +96,12 @@ def _check(file: Checkpoint, network: Network, names: list[str], tensor: str, ba
         largest = network.largest_product(sizes)
     except ValueError as error:
         raise AdapterError(f"`{file.path}`, factors of `{tensor}`: {error}") from error
-    shape = [math.prod(sizes[index] for index in side) for side in (network.rows, network.cols)]
+    shape = tuple(math.prod(sizes[index] for index in side) for side in (network.rows, network.cols))
     # A tensor that the base lacks is told by whoever applies the adapter.
-    if tensor in base.checkpoint and list(base.checkpoint.info(tensor).shape) != shape:
+    weight = base.checkpoint.info(tensor).shape if tensor in base.checkpoint else list(shape)
+    if len(weight) < 2 or matrix_shape(weight) != shape:
         raise AdapterError(
-            f"`{file.path}`: the factors of `{tensor}` make a matrix of shape {shape}, the base's has "
-            f"{list(base.checkpoint.info(tensor).shape)}"
+            f"`{file.path}`: the factors of `{tensor}` make a matrix of shape {list(shape)}, the base's has {weight}"
         )
     if largest > max(LARGEST_PRODUCT * math.prod(shape), SMALL):
         raise AdapterError(f"`{file.path}`: multiplying the factors of `{tensor}` would need an array of {largest:,}")

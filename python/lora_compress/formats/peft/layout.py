@@ -4,24 +4,33 @@
     Linear           M.lora_A.weight (r, in)               B·A
                      M.lora_B.weight (out, r)
     Conv1D           the same; the weight is (in, out)     (B·A)ᵀ
+    Conv1d, 2d, 3d   M.lora_A.weight (r, in, kernel…)      B·A of the factors as matrices
+                     M.lora_B.weight (out, r, 1…)
     Embedding        M.lora_embedding_A (r, vocabulary)    (B·A)ᵀ
                      M.lora_embedding_B (dim, r)
     a parameter      M.lora_A.weight, M.lora_B.weight      B·A, listed in `target_parameters`
+    E experts        M.lora_A.weight (E·r, in)             Bₑ·Aₑ, or its transpose where the model's experts are
+                     M.lora_B.weight (out, r·E)            (E, in, out); rows of A by expert, columns of B by direction
 
-All keys begin with `base_model.model.`.
+All keys begin with `base_model.model.`. Where several parameters of one module have factors, PEFT wraps the module once
+for each, in the order in which they were registered: the keys of all but the last have `.base_layer` after the module.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from lora_compress.model import HEAD, Model, is_embedding, module_of
+from lora_compress.model import HEAD, Model, is_convolution, is_embedding, module_of, stack_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Written by PEFT with `safe_serialization=False`; only read here.
+PICKLED_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer"
+# How transformers' stacked experts are registered (`use_experts_implementation`).
+EXPERT_ORDER = {"gate_up_proj": 0, "gate_proj": 0, "up_proj": 1, "down_proj": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,7 @@ class Place:
     """Where the factors of one tensor go.
 
     `transposed`: the base stores the transpose of what PEFT's factors multiply to, so that A takes the columns of the
-    transposed tensor.
+    transposed tensor. `kernel`: sizes of a convolution's kernel. `experts`: how many matrices have their factors there.
     """
 
     target: str
@@ -37,6 +46,8 @@ class Place:
     b_key: str
     transposed: bool
     is_parameter: bool = False
+    kernel: tuple[int, ...] = ()
+    experts: int = 1
 
 
 class Layout:
@@ -45,26 +56,56 @@ class Layout:
     def __init__(self, base: Model, tensors: Sequence[str], embeddings: Collection[str] = ()) -> None:
         self._base = base
         self._embeddings = embeddings
-        # PEFT nests several adapters on one module in the order in which the module's parameters were registered, which
-        # a checkpoint does not tell: only a module's single parameter has a known key.
-        self._per_module = Counter(_owner(tensor) for tensor in tensors)
+        self._parameters: dict[str, set[str]] = {}
+        for tensor in tensors:
+            stack = stack_of(tensor)
+            if stack or module_of(tensor) is None:
+                name = stack[0] if stack else tensor
+                self._parameters.setdefault(_owner(name), set()).add(name)
 
     def place(self, tensor: str) -> Place | None:
         """Where `tensor` goes; None when PEFT has no name for it."""
+        stack = stack_of(tensor)
+        name = stack[0] if stack else tensor
         module = module_of(tensor)
         if module is None:
-            owner = _owner(tensor)
-            if not owner or self._per_module[owner] > 1:
+            owner = _owner(name)
+            order = nesting(self._parameters.get(owner, {name})) if owner else None
+            if order is None:
                 return None
-            return Place(tensor, f"{PREFIX}{owner}.lora_A.weight", f"{PREFIX}{owner}.lora_B.weight", False, True)
+            experts = self._base.checkpoint.info(name).shape[0] if stack else 1
+            transposed = stack is not None and self._base.has_transposed_experts()
+            wrapped = PREFIX + owner + BASE_LAYER * (len(order) - 1 - order.index(name))
+            return Place(
+                name, f"{wrapped}.lora_A.weight", f"{wrapped}.lora_B.weight", transposed, True, experts=experts
+            )
         if tensor in self._embeddings or is_embedding(tensor):
             return embedding_place(module)
+        shape = self._base.checkpoint.info(tensor).shape
+        if is_convolution(tensor, shape):
+            # A kernel with one input channel for many outputs is cut into groups, which PEFT's factors are not.
+            return None if shape[1] == 1 < shape[0] else linear_place(module, kernel=tuple(shape[2:]))
         return linear_place(module, transposed=self._base.is_conv1d(tensor))
 
 
-def linear_place(module: str, *, transposed: bool = False) -> Place:
-    """Keys of a Linear or Conv1D."""
-    return Place(module, f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight", transposed)
+def nesting(parameters: Collection[str]) -> list[str] | None:
+    """Parameters of one module in the order in which PEFT wraps them, the innermost first; None where that is unknown.
+
+    It is the order of registration, which a checkpoint does not tell; transformers registers the experts' parameters in
+    the order of their use.
+    """
+    if len(parameters) == 1:
+        return list(parameters)
+    ranks = {name: EXPERT_ORDER.get(name.rpartition(".")[2]) for name in parameters}
+    if None in ranks.values() or len(set(ranks.values())) != len(ranks):
+        return None
+    return sorted(parameters, key=lambda name: ranks[name] or 0)
+
+
+def linear_place(module: str, *, transposed: bool = False, kernel: tuple[int, ...] = ()) -> Place:
+    """Keys of a Linear, a Conv1D or a convolution."""
+    a_key, b_key = f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+    return Place(module, a_key, b_key, transposed, kernel=kernel)
 
 
 def embedding_place(module: str) -> Place:

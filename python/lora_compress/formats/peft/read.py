@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from lora_compress._native import Checkpoint, LowRank, first_match, same_bytes
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError, LoraCompressError
-from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS
-from lora_compress.model import HEAD, WEIGHT, Model, read_json
+from lora_compress.formats.peft.layout import BASE_LAYER, CONFIG, PICKLED_WEIGHTS, PREFIX, WEIGHTS, nesting
+from lora_compress.model import HEAD, WEIGHT, Model, is_stack, matrices, read_json
 
 FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
@@ -44,11 +44,9 @@ def read(path: Path, base: Model) -> Adapter:
     """
     config = read_json(path / CONFIG)
     _check_config(path / CONFIG, config)
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        hint = ": `adapter_model.bin` is a pickle, save the adapter as safetensors first" if pickled else ""
-        raise AdapterError(f"`{path}` has no `{WEIGHTS}`{hint}")
+    weights = next((path / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()), None)
+    if weights is None:
+        raise AdapterError(f"`{path}` has no `{WEIGHTS}`")
     return _Reader(path, config, base, Checkpoint(weights)).read()
 
 
@@ -69,11 +67,12 @@ class _Reader:
         for (module, embedding), pair in sorted(self.factors.items()):
             if set(pair) != {"A", "B"}:
                 raise AdapterError(f"`{self.path}`: `{module}` has lora_{min(pair)} but not the other factor")
-            target = self._target(module)
+            target = self._target(module, pair)
             if target is None:
                 self._check_tied_head(module, pair)
                 continue
-            low_rank.setdefault(target, []).append(self._term(target, module, embedding, pair))
+            for name, term in self._terms(target, module, embedding, pair):
+                low_rank.setdefault(name, []).append(term)
         replacements: dict[str, Stored] = {}
         for name, key in self.whole.items():
             if name not in self.base.checkpoint:
@@ -102,20 +101,38 @@ class _Reader:
             if self.whole.setdefault(plain, key) != key:
                 raise AdapterError(f"`{self.path}`: `{self.whole[plain]}` and `{key}` are the same weight")
 
-    def _target(self, module: str) -> str | None:
+    def _target(self, module: str, pair: Mapping[str, str]) -> str | None:
         """The base's tensor that a module's factors belong to; None for a tied head."""
-        if module + WEIGHT in self.base.checkpoint:
+        owner = module
+        while owner.endswith(BASE_LAYER):
+            owner = owner.removesuffix(BASE_LAYER)
+        parameters = self._parameters(owner)
+        if not parameters and module + WEIGHT in self.base.checkpoint:
             return module + WEIGHT
-        for parameter in self.config.get("target_parameters") or ():
-            owner, _, last = str(parameter).rpartition(".")
-            if (module == owner or module.endswith("." + owner)) and f"{module}.{last}" in self.base.checkpoint:
-                return f"{module}.{last}"
+        if parameters:
+            # PEFT wraps a module once for each of its parameters; what was wrapped last has the shortest key.
+            order = nesting(parameters)
+            depth = (len(module) - len(owner)) // len(BASE_LAYER)
+            if order is None or depth >= len(order):
+                raise AdapterError(
+                    f"`{self.path}`: which parameter of `{owner}` the factors `{pair['A']}` belong to cannot be told"
+                )
+            return order[len(order) - 1 - depth]
         if module == HEAD and self.base.tied_embedding() is not None:
             return None
         raise AdapterError(
             f"`{self.path}` has factors for `{module}`, but `{self.base.path}` has no `{module}{WEIGHT}`: "
             "is it an adapter of another base?"
         )
+
+    def _parameters(self, module: str) -> list[str]:
+        """The parameters of a module that `target_parameters` names."""
+        found = set()
+        for parameter in self.config.get("target_parameters") or ():
+            owner, _, last = str(parameter).rpartition(".")
+            if (module == owner or module.endswith("." + owner)) and f"{module}.{last}" in self.base.checkpoint:
+                found.add(f"{module}.{last}")
+        return sorted(found)
 
     def _check_tied_head(self, module: str, pair: Mapping[str, str]) -> None:
         """Accept factors of a tied head when they repeat the embedding's: the shared matrix is updated once."""
@@ -137,17 +154,38 @@ class _Reader:
                 "for both: untie the base first"
             )
 
-    def _term(self, target: str, module: str, embedding: bool, pair: Mapping[str, str]) -> LowRank:
-        shape = self.weights.info(pair["A"]).shape
+    def _terms(
+        self, target: str, module: str, embedding: bool, pair: Mapping[str, str]
+    ) -> Iterator[tuple[str, LowRank]]:
+        """The term of a tensor, or of every matrix of a stack."""
+        shape, weight = self.weights.info(pair["A"]).shape, self.base.checkpoint.info(target).shape
+        experts = weight[0] if is_stack(target, weight) else 1
         pattern_key = target if module + WEIGHT != target else module
         rank = int(self._pattern("rank_pattern", pattern_key, self.config.get("r", 8)))
-        if rank < 1 or len(shape) != 2 or shape[0] != rank:
+        if rank < 1 or len(shape) < 2 or shape[0] != rank * experts:
             raise AdapterError(
                 f"`{self.path}`: `{pair['A']}` has shape {shape}, but `{CONFIG}` gives `{module}` the rank {rank}"
             )
         scale = self._scale(pattern_key, rank)
+        if is_stack(target, weight):
+            self._check_layout_of_experts(target)
+            transposed = self.base.has_transposed_experts()
+            terms = LowRank.parts(self.weights, pair["B"], pair["A"], experts, scale=scale, transposed=transposed)
+            yield from zip(matrices(target, experts), terms, strict=True)
+            return
         transposed = embedding or self.base.is_conv1d(target) or self._fans_out(target, pair)
-        return LowRank(self.weights, pair["B"], pair["A"], scale=scale, transposed=transposed)
+        yield target, LowRank(self.weights, pair["B"], pair["A"], scale=scale, transposed=transposed)
+
+    def _check_layout_of_experts(self, target: str) -> None:
+        """Raise `AdapterError` for an adapter of PEFT before 0.19, which took (experts, out, in) for (experts, in,
+        out) (peft#3083): the same file means another ΔW.
+        """
+        version = re.match(r"(\d+)\.(\d+)", str(self.config.get("peft_version") or ""))
+        if version is not None and (int(version[1]), int(version[2])) < (0, 19):
+            raise AdapterError(
+                f"`{self.path}` has factors of `{target}` by PEFT {self.config['peft_version']}, which laid those of "
+                "stacked experts out in another way: convert it with PEFT 0.19 or later first"
+            )
 
     def _scale(self, pattern_key: str, rank: int) -> float:
         alpha = float(self._pattern("alpha_pattern", pattern_key, self.config.get("lora_alpha", 8)))
@@ -157,9 +195,9 @@ class _Reader:
         """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then
         tells.
         """
-        if not self.config.get("fan_in_fan_out"):
-            return False
         stored = self.base.checkpoint.info(target).shape
+        if not self.config.get("fan_in_fan_out") or len(stored) != 2:
+            return False
         straight = [self.weights.info(pair["B"]).shape[0], self.weights.info(pair["A"]).shape[1]]
         if stored[0] == stored[-1] and self.base.model_type:
             return False  # `is_conv1d` has answered for a known model.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_compress._native import Writer
 from lora_compress.formats.peft.card import model_card
 from lora_compress.formats.peft.layout import CONFIG, WEIGHTS, Layout, Place, head_place
-from lora_compress.model import CONV1D_MODELS, names
+from lora_compress.model import CONV1D_MODELS, names, stack_of
 
 if TYPE_CHECKING:
     from lora_compress.adapter import AdapterPlan, Float32Matrix
@@ -29,30 +32,60 @@ class PeftWriter:
         self._layout = Layout(plan.base, [item.tensor for item in plan.factors], plan.embeddings)
         self._ranks: dict[str, int] = {}
         self._parameters: list[str] = []
-        expected = [
-            spec
-            for item in plan.factors
-            for place in self._places(item.tensor)
-            for spec in _specs(place, plan.dtype, item.rows, item.cols, item.rank)
-        ]
-        self._writer = Writer(path / WEIGHTS, expected, {"format": "pt"})
+        # Factors of stacks that are not complete, by expert.
+        self._stacks: dict[str, tuple[Place, dict[int, tuple[Float32Matrix, Float32Matrix]]]] = {}
+        # The experts of a stack share their keys: the largest of them is what is announced.
+        expected: dict[str, tuple[str, str, list[int]]] = {}
+        for item in plan.factors:
+            for place in self._places(item.tensor):
+                for spec in _specs(place, plan.dtype, item.rows, item.cols, item.rank):
+                    known = expected.get(spec[0], spec)
+                    expected[spec[0]] = max(known, spec, key=lambda spec: math.prod(spec[2]))
+        self._writer = Writer(path / WEIGHTS, list(expected.values()), {"format": "pt"})
 
     def write(self, tensor: str, b: Float32Matrix, a: Float32Matrix) -> int:
-        """Append B (rows, r) and A (r, cols) of a tensor, for the tied head too where there is one."""
+        """Append B (rows, r) and A (r, cols) of a tensor, for the tied head too where there is one. Those of experts
+        are kept until their stack is complete.
+        """
         size = 0
+        stack = stack_of(tensor)
         for place in self._places(tensor):
             left, right = (a.T, b.T) if place.transposed else (b, a)
-            # PEFT's A is the factor next to the input, its B the one next to the output, whichever way W is stored.
-            self._writer.append(place.a_key, self._plan.dtype, right)
-            self._writer.append(place.b_key, self._plan.dtype, left)
-            self._ranks[place.target] = b.shape[1]
-            if place.is_parameter:
-                self._parameters.append(place.target)
             size += (a.size + b.size) * _WIDTH[self._plan.dtype]
+            if stack is None:
+                self._append(place, left, right)
+                continue
+            _, held = self._stacks.setdefault(place.target, (place, {}))
+            held[stack[1]] = left, right
+            if len(held) == place.experts:
+                self._append_stack(place.target)
         return size
+
+    def _append(self, place: Place, left: Float32Matrix, right: Float32Matrix) -> None:
+        # PEFT's A is the factor next to the input, its B the one next to the output, whichever way W is stored.
+        rank = left.shape[1] // place.experts
+        self._writer.append(place.a_key, self._plan.dtype, right.reshape(rank * place.experts, -1, *place.kernel))
+        self._writer.append(place.b_key, self._plan.dtype, left.reshape(*left.shape, *[1] * len(place.kernel)))
+        self._ranks[place.target] = rank
+        if place.is_parameter:
+            self._parameters.append(place.target)
+
+    def _append_stack(self, target: str) -> None:
+        """Write the factors of all experts of a tensor, those without any as zeros: PEFT gives them one rank."""
+        place, held = self._stacks.pop(target)
+        rank = max(left.shape[1] for left, _ in held.values())
+        some_left, some_right = next(iter(held.values()))
+        left = np.zeros((len(some_left), rank, place.experts), np.float32)
+        right = np.zeros((place.experts, rank, some_right.shape[1]), np.float32)
+        for expert, (b, a) in held.items():
+            left[:, : b.shape[1], expert] = b
+            right[expert, : len(a)] = a
+        self._append(place, left.reshape(len(left), -1), right.reshape(-1, right.shape[2]))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Complete the weights, then write configuration and model card."""
+        for target in list(self._stacks):
+            self._append_stack(target)
         self._writer.finish()
         text = json.dumps(self._config(), indent=2, sort_keys=True)
         (self._path / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -122,4 +155,6 @@ _WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
 
 def _specs(place: Place, dtype: str, rows: int, cols: int, rank: int) -> list[tuple[str, str, list[int]]]:
     out_size, in_size = (cols, rows) if place.transposed else (rows, cols)
-    return [(place.a_key, dtype, [rank, in_size]), (place.b_key, dtype, [out_size, rank])]
+    a_shape = [place.experts * rank, in_size // math.prod(place.kernel), *place.kernel]
+    b_shape = [out_size, rank * place.experts, *[1] * len(place.kernel)]
+    return [(place.a_key, dtype, a_shape), (place.b_key, dtype, b_shape)]

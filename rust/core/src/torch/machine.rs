@@ -291,7 +291,7 @@ impl<'a> Machine<'a> {
             (Global::OrderedDict, []) => self.push(Node::Dict(Vec::new())),
             (Global::Size, &[sizes]) => self.refer(sizes),
             (Global::Parameter, &[data, ..]) => self.refer(data),
-            (Global::Device, _) => self.push(Node::Other),
+            (Global::Opaque, _) => self.push(Node::Other),
             (Global::Tensor, &[storage, first, shape, strides, ..]) => {
                 self.tensor(storage, first, shape, strides, None)
             }

@@ -10,7 +10,8 @@ pub(crate) enum Global {
     Tensor,
     TensorOfDtype,
     Parameter,
-    Device,
+    /// Something that no tensor is made of, made by something that does no harm.
+    Opaque,
     /// A storage class; untyped ones hold bytes.
     Storage(Option<Dtype>),
     /// `torch.float16` and the like.
@@ -23,7 +24,8 @@ impl Global {
         Some(match (module, name) {
             ("collections", "OrderedDict") => Self::OrderedDict,
             ("torch", "Size") => Self::Size,
-            ("torch", "device") => Self::Device,
+            ("torch", "device") | ("_codecs", "encode") | ("collections", "Counter") => Self::Opaque,
+            ("builtins" | "__builtin__", "set") => Self::Opaque,
             ("torch._utils", "_rebuild_tensor_v2") => Self::Tensor,
             ("torch._utils", "_rebuild_tensor_v3") => Self::TensorOfDtype,
             ("torch._utils", "_rebuild_parameter") => Self::Parameter,
