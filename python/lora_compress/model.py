@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,20 @@ HEAD = "lm_head"
 # Input embeddings, by the names that transformers gives them.
 INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "shared", "word_embeddings", "embed_in", "tok_embeddings"})
 HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# What transformers calls the headless model inside a headed one (`base_model_prefix`), by model type; "model" for most.
+INNER = {
+    **dict.fromkeys(
+        ("bloom", "codegen", "falcon", "gpt2", "gpt_neo", "gptj", "mpt", "openai-gpt", "xlnet"), "transformer"
+    ),
+    **{name: name for name in ("albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "mpnet", "roberta")},
+    **dict.fromkeys(("camembert", "xlm-roberta"), "roberta"),
+    "deberta-v2": "deberta",
+}
+# Parameters of the heads themselves, which lie beside it.
+HEADS = ("lm_head.", "cls.", "classifier.", "qa_outputs.", "score.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """An opened checkpoint with its configuration ({} where there is none)."""
 
@@ -80,6 +92,26 @@ class Model:
     def model_type(self) -> str:
         """`model_type` of the configuration, empty where there is none."""
         return str(self.config.get("model_type", ""))
+
+    def path_of(self, tensor: str) -> str:
+        """The tensor's name in the model that transformers builds: checkpoints of headless models lack how it begins
+        in those with a head (the Hub's `gpt2` has `h.0…` for `transformer.h.0…`).
+        """
+        return f"{self.inner}.{tensor}" if self.lacks_inner and not tensor.startswith(HEADS) else tensor
+
+    @property
+    def inner(self) -> str:
+        """What the headless model is called inside a headed one."""
+        return INNER.get(self.model_type, "model")
+
+    @cached_property
+    def lacks_inner(self) -> bool:
+        """Whether the configuration is of a model with a head and the names are of one without."""
+        stored = names(self.checkpoint)
+        # Of other types only those whose blocks are called as most are.
+        is_known = self.model_type in INNER or any(name.startswith("layers.") for name in stored)
+        is_headed = self.architecture.endswith(("ForSequenceClassification", "ForMaskedLM", *HEADED[:2]))
+        return is_known and is_headed and not any(name.startswith(self.inner + ".") for name in stored)
 
     def has_transposed_experts(self) -> bool:
         """Whether stacked experts are stored as (experts, in, out)."""

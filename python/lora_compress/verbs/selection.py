@@ -59,7 +59,9 @@ class Pair:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix, or a kernel that is seen as one, of a float dtype on both sides."""
-        is_matrix = len(self.base.shape) == 2 or is_convolution(self.name, self.base.shape)
+        # Stacked experts have their biases in a matrix, which is none.
+        is_plain = len(self.base.shape) == 2 and not self.name.endswith("bias")
+        is_matrix = is_plain or is_convolution(self.name, self.base.shape)
         return is_matrix and {self.base.dtype, self.tuned.dtype} <= FLOATS
 
     @property

@@ -19,9 +19,19 @@ for each, in the order in which they were registered: the keys of all but the la
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lora_compress.model import HEAD, Model, is_convolution, is_embedding, module_of, stack_of
+from lora_compress.model import (
+    HEAD,
+    WEIGHT,
+    Model,
+    is_convolution,
+    is_embedding,
+    last_component,
+    module_of,
+    names,
+    stack_of,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,6 +39,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
+EXPERTS = ".experts"
+# Beside experts, these are no Linear but a class of their own with a parameter (transformers' `…TopKRouter`).
+ROUTERS = frozenset({"gate", "router"})
 # How transformers' stacked experts are registered (`use_experts_implementation`).
 EXPERT_ORDER = {"gate_up_proj": 0, "gate_proj": 0, "up_proj": 1, "down_proj": 2}
 
@@ -62,30 +75,40 @@ class Layout:
             if stack or module_of(tensor) is None:
                 name = stack[0] if stack else tensor
                 self._parameters.setdefault(_owner(name), set()).add(name)
+        # The modules that hold experts.
+        self._mixtures = {name.partition(EXPERTS)[0] for name in names(base.checkpoint) if EXPERTS in name}
 
     def place(self, tensor: str) -> Place | None:
         """Where `tensor` goes; None when PEFT has no name for it."""
         stack = stack_of(tensor)
-        name = stack[0] if stack else tensor
         module = module_of(tensor)
         if module is None:
-            owner = _owner(name)
-            order = nesting(self._parameters.get(owner, {name})) if owner else None
-            if order is None:
-                return None
-            experts = self._base.checkpoint.info(name).shape[0] if stack else 1
-            transposed = stack is not None and self._base.has_transposed_experts()
-            wrapped = PREFIX + owner + BASE_LAYER * (len(order) - 1 - order.index(name))
-            return Place(
-                name, f"{wrapped}.lora_A.weight", f"{wrapped}.lora_B.weight", transposed, True, experts=experts
-            )
+            return self._parameter_place(stack[0] if stack else tensor, is_stack=stack is not None)
+        path = self._base.path_of(tensor).removesuffix(WEIGHT)
         if tensor in self._embeddings or is_embedding(tensor):
-            return embedding_place(module)
+            return embedding_place(path)
+        if last_component(tensor) in ROUTERS and _owner(module) in self._mixtures:
+            return replace(linear_place(path), target=path + WEIGHT, is_parameter=True)
         shape = self._base.checkpoint.info(tensor).shape
         if is_convolution(tensor, shape):
             # A kernel with one input channel for many outputs is cut into groups, which PEFT's factors are not.
-            return None if shape[1] == 1 < shape[0] else linear_place(module, kernel=tuple(shape[2:]))
-        return linear_place(module, transposed=self._base.is_conv1d(tensor))
+            return None if shape[1] == 1 < shape[0] else linear_place(path, kernel=tuple(shape[2:]))
+        return linear_place(path, transposed=self._base.is_conv1d(tensor))
+
+    def _parameter_place(self, name: str, *, is_stack: bool) -> Place | None:
+        owner = _owner(name)
+        order = nesting(self._parameters.get(owner, {name})) if owner else None
+        if order is None:
+            return None
+        path = self._base.path_of(name)
+        place = linear_place(_owner(path) + BASE_LAYER * (len(order) - 1 - order.index(name)))
+        return replace(
+            place,
+            target=path,
+            is_parameter=True,
+            transposed=is_stack and self._base.has_transposed_experts(),
+            experts=self._base.checkpoint.info(name).shape[0] if is_stack else 1,
+        )
 
 
 def nesting(parameters: Collection[str]) -> list[str] | None:

@@ -97,7 +97,7 @@ class _Reader:
             # PEFT saves the embedding beside its factors, and once more under the name of the tied head.
             return
         else:
-            plain = name.replace(".base_layer.", ".")
+            plain = self._own_name(name.replace(".base_layer.", "."))
             if self.whole.setdefault(plain, key) != key:
                 raise AdapterError(f"`{self.path}`: `{self.whole[plain]}` and `{key}` are the same weight")
 
@@ -107,8 +107,8 @@ class _Reader:
         while owner.endswith(BASE_LAYER):
             owner = owner.removesuffix(BASE_LAYER)
         parameters = self._parameters(owner)
-        if not parameters and module + WEIGHT in self.base.checkpoint:
-            return module + WEIGHT
+        if not parameters and self._own_name(module + WEIGHT) in self.base.checkpoint:
+            return self._own_name(module + WEIGHT)
         if parameters:
             # PEFT wraps a module once for each of its parameters; what was wrapped last has the shortest key.
             order = nesting(parameters)
@@ -130,13 +130,19 @@ class _Reader:
         found = set()
         for parameter in self.config.get("target_parameters") or ():
             owner, _, last = str(parameter).rpartition(".")
-            if (module == owner or module.endswith("." + owner)) and f"{module}.{last}" in self.base.checkpoint:
-                found.add(f"{module}.{last}")
+            name = self._own_name(f"{module}.{last}")
+            if (module == owner or module.endswith("." + owner)) and name in self.base.checkpoint:
+                found.add(name)
         return sorted(found)
+
+    def _own_name(self, path: str) -> str:
+        """The base's name for a path in the model that transformers builds."""
+        inner = self.base.inner + "."
+        return path.removeprefix(inner) if self.base.lacks_inner else path
 
     def _check_tied_head(self, module: str, pair: Mapping[str, str]) -> None:
         """Accept factors of a tied head when they repeat the embedding's: the shared matrix is updated once."""
-        embedding = (self.base.tied_embedding() or "").removesuffix(WEIGHT)
+        embedding = self.base.path_of(self.base.tied_embedding() or "").removesuffix(WEIGHT)
         twin = self.factors.get((embedding, True))
         if twin is None or set(twin) != {"A", "B"}:
             raise AdapterError(
@@ -160,7 +166,9 @@ class _Reader:
         """The term of a tensor, or of every matrix of a stack."""
         shape, weight = self.weights.info(pair["A"]).shape, self.base.checkpoint.info(target).shape
         experts = weight[0] if is_stack(target, weight) else 1
-        pattern_key = target if module + WEIGHT != target else module
+        # PEFT looks patterns up by the module's path, for parameters by theirs.
+        is_parameter = target != self._own_name(module + WEIGHT) or target in self._parameters(module)
+        pattern_key = self.base.path_of(target) if is_parameter else module
         rank = int(self._pattern("rank_pattern", pattern_key, self.config.get("r", 8)))
         if rank < 1 or len(shape) < 2 or shape[0] != rank * experts:
             raise AdapterError(

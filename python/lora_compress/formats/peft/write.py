@@ -120,7 +120,7 @@ class PeftWriter:
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": self._plan.base.model_type in CONV1D_MODELS,
-            "target_modules": short_targets(modules, names(self._plan.base.checkpoint)),
+            "target_modules": short_targets(modules, self._paths()),
             "modules_to_save": None,
             "init_lora_weights": True,
             "layers_to_transform": None,
@@ -132,6 +132,10 @@ class PeftWriter:
         if self._plan.tied_embedding is not None:
             config["ensure_weight_tying"] = True
         return config
+
+    def _paths(self) -> list[str]:
+        base = self._plan.base
+        return [base.path_of(name) for name in names(base.checkpoint)]
 
 
 def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
