@@ -75,6 +75,18 @@ test-rust:  ## Rust tests: properties against f64 references, files, doctests
 	cargo test --package lora-compress-core --quiet
 	LORA_COMPRESS_KERNEL=portable cargo test --package lora-compress-core --test svd --quiet
 
+# Needs nightly Rust and, for the adapter configuration, atheris. Memory may not exceed the input's size by more than a constant,
+# and no input may take a second. `make fuzz FUZZ_RUNS=100000` for a moment.
+FUZZ_RUNS ?= 10000000
+FUZZ_TARGETS := header index torch pickle pattern
+.PHONY: fuzz
+fuzz: $(FUZZ_TARGETS:%=fuzz-%)  ## Fuzz everything that reads a stranger's bytes, for minutes
+fuzz-%:
+	@command -v cargo-fuzz >/dev/null || cargo install --quiet cargo-fuzz
+	mkdir -p rust/fuzz/target/found/$*
+	cd rust && cargo +nightly fuzz run --fuzz-dir fuzz $* fuzz/target/found/$* fuzz/corpus/$* -- \
+	  -runs=$(FUZZ_RUNS) -timeout=1 -malloc_limit_mb=64 -rss_limit_mb=2048 -max_len=4096 -print_final_stats=1
+
 # Reports are tested in a real browser. Where Debian's cannot be installed, those tests say that they were skipped.
 .PHONY: chromium
 chromium:

@@ -36,6 +36,8 @@ mod dtype;
 mod error;
 mod file;
 mod fingerprint;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod header;
 mod kernel;
 mod matrix;

@@ -17,6 +17,8 @@ mod names;
 mod pickle;
 
 use pickle::PickledTensor;
+#[cfg(any(fuzzing, test))]
+pub(crate) use pickle::read as read_pickle;
 
 /// The pickle of a hundred thousand tensors has some ten megabytes.
 const MAX_PICKLE: u64 = 100_000_000;
