@@ -80,12 +80,18 @@ test-rust:  ## Rust tests: properties against f64 references, files, doctests
 FUZZ_RUNS ?= 10000000
 FUZZ_TARGETS := header index torch pickle pattern
 .PHONY: fuzz
-fuzz: $(FUZZ_TARGETS:%=fuzz-%)  ## Fuzz everything that reads a stranger's bytes, for minutes
+fuzz: $(FUZZ_TARGETS:%=fuzz-%) fuzz-adapter_config  ## Fuzz everything that reads a stranger's bytes, for minutes
 fuzz-%:
 	@command -v cargo-fuzz >/dev/null || cargo install --quiet cargo-fuzz
 	mkdir -p rust/fuzz/target/found/$*
 	cd rust && cargo +nightly fuzz run --fuzz-dir fuzz $* fuzz/target/found/$* fuzz/corpus/$* -- \
 	  -runs=$(FUZZ_RUNS) -timeout=1 -malloc_limit_mb=64 -rss_limit_mb=2048 -max_len=4096 -print_final_stats=1
+
+fuzz-adapter_config: build .venv/dev
+	$(BIN)/pip install --quiet --group fuzz
+	mkdir -p rust/fuzz/target/found/adapter_config
+	$(BIN)/python -m tools.fuzz_adapter_config rust/fuzz/target/found/adapter_config rust/fuzz/corpus/adapter_config \
+	  -runs=$(FUZZ_RUNS) -timeout=1 -rss_limit_mb=2048 -max_len=4096 -print_final_stats=1
 
 # Reports are tested in a real browser. Where Debian's cannot be installed, those tests say that they were skipped.
 .PHONY: chromium

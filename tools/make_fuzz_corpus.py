@@ -95,8 +95,28 @@ def patterns() -> dict[str, bytes]:
     return {name: text.encode() for name, text in texts.items()}
 
 
+def configurations() -> dict[str, bytes]:
+    good = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.up"]}
+    patterns = {"rank_pattern": {"^q": 2, "conv|up": 2, "embed.*": 2}, "alpha_pattern": {"q": 1e9}}
+    values: dict[str, Any] = {
+        "good": good,
+        "patterns": {**good, "r": 4, **patterns},
+        "rslora": {**good, "use_rslora": True, "fan_in_fan_out": True, "peft_version": "0.18.1"},
+        "refused": {**good, "use_dora": True, "init_lora_weights": "pissa_niter_4"},
+        "odd": {**good, "r": -1, "lora_alpha": "x", "rank_pattern": {"(": 2}, "target_parameters": [None, {}]},
+    }
+    return {name: json.dumps(value).encode() for name, value in values.items()}
+
+
 def main() -> None:
-    doors = {"header": headers, "index": indices, "torch": archives, "pickle": pickles, "pattern": patterns}
+    doors = {
+        "adapter_config": configurations,
+        "header": headers,
+        "index": indices,
+        "pattern": patterns,
+        "pickle": pickles,
+        "torch": archives,
+    }
     for door, make in doors.items():
         (CORPUS / door).mkdir(parents=True, exist_ok=True)
         for name, content in make().items():

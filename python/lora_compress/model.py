@@ -193,9 +193,16 @@ def read_json(path: Path) -> dict[str, Any]:
     else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = path.read_bytes()
     except FileNotFoundError:
         return {}
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises `CheckpointError` for anything else."""
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -277,7 +277,11 @@ impl Checkpoint {
     fn read_stored(&self, entry: &Entry, name: &str, begin: u64, out: &mut [u8]) -> Result<()> {
         let shard = self.shard(entry, name)?;
         read_at(shard.file(), out, entry.stored.offset + begin)
-            .map_err(|error| std::io::Error::new(error.kind(), format!("tensor `{name}`: {error}")))
+            .map_err(|error| {
+                let shrunk = error.kind() == std::io::ErrorKind::UnexpectedEof;
+                let reason = if shrunk { "the file has become shorter".into() } else { error.to_string() };
+                std::io::Error::new(error.kind(), format!("tensor `{name}`: {reason}"))
+            })
             .at(shard.path())
     }
 

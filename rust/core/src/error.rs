@@ -379,8 +379,14 @@ pub(crate) trait IoContext<T> {
     fn at(self, path: &Path) -> Result<T>;
 }
 
+/// The system's own error where a library has put a path around it: its code says what happened, to whoever is told.
+fn bare(error: std::io::Error) -> std::io::Error {
+    let inner = error.get_ref().and_then(|wrapped| wrapped.source()?.downcast_ref::<std::io::Error>()?.raw_os_error());
+    inner.map_or(error, std::io::Error::from_raw_os_error)
+}
+
 impl<T> IoContext<T> for std::io::Result<T> {
     fn at(self, path: &Path) -> Result<T> {
-        self.map_err(|source| Error::Io { path: path.to_path_buf(), source })
+        self.map_err(|source| Error::Io { path: path.to_path_buf(), source: bare(source) })
     }
 }

@@ -43,11 +43,16 @@ def read(path: Path, base: Model) -> Adapter:
     Raises `AdapterError` for settings and tensors that cannot be applied, `CheckpointError` for broken files.
     """
     config = read_json(path / CONFIG)
-    _check_config(path / CONFIG, config)
     weights = next((path / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()), None)
     if weights is None:
         raise AdapterError(f"`{path}` has no `{WEIGHTS}`")
-    return _Reader(path, config, base, Checkpoint(weights)).read()
+    return interpret(path, config, base, Checkpoint(weights))
+
+
+def interpret(path: Path, config: dict[str, Any], base: Model, weights: Checkpoint) -> Adapter:
+    """What a configuration and weights mean for a base. Raises as `read` does."""
+    _check_config(path / CONFIG, config)
+    return _Reader(path, config, base, weights).read()
 
 
 @dataclass
