@@ -231,8 +231,11 @@ def test_a_head_that_one_side_stores_although_it_is_tied_is_no_loss(tmp_path: Pa
 def test_targets_are_short_where_that_is_exact() -> None:
     tensors = ["m.0.q.weight", "m.0.v.weight", "m.1.q.weight", "m.1.v.weight", "vision.q.norm.weight"]
     assert short_targets(["m.0.v", "m.1.v"], tensors) == ["v"]
-    assert short_targets(["m.0.q", "m.1.q", "m.0.v"], tensors) == ["m.0.v", "q"]
+    assert short_targets(["m.0.q", "m.1.q", "m.0.v"], tensors[:4]) == ["m.0.v", "q"]
     assert short_targets(["m.0.q", "m.1.q"], [*tensors, "vision.q.weight"]) == ["m.0.q", "m.1.q"]
+    # A container of that name is no module that PEFT can adapt.
+    assert short_targets(["m.0.q", "m.1.q"], tensors) == ["m.0.q", "m.1.q"]
+    assert short_targets(["m.0.out.0"], ["m.0.out.0.weight"]) == ["m.0.out.0"]
 
 
 def test_embeddings_are_recognised_by_name() -> None:

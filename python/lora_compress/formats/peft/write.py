@@ -144,7 +144,8 @@ def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
     PEFT takes an entry as a whole path or as a suffix that begins at a dot, so that `q_proj` also means a vision
     tower's.
     """
-    owners = {tensor.rpartition(".")[0] for tensor in tensors}
+    # Containers too: `0` would find `to_out.0` and `blocks.0`, which PEFT refuses to adapt.
+    owners = {tensor[:at] for tensor in tensors for at in range(len(tensor)) if tensor[at] == "."}
     wanted = set(modules)
     targets = set()
     for module in modules:
