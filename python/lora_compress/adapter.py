@@ -37,6 +37,8 @@ class Adapter:
     computed: Mapping[str, Sequence[Compute]] = field(default_factory=dict)
     replacements: Mapping[str, Stored] = field(default_factory=dict)
     new_rows: Mapping[str, Stored] = field(default_factory=dict)
+    # What the file says of itself, for formats that have a place for it.
+    metadata: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
     def tensors(self) -> set[str]:
@@ -91,6 +93,8 @@ class AdapterPlan:
     tied_embedding: str | None = None
     # Names that `is_embedding` does not recognise but the user knows to be embeddings.
     embeddings: frozenset[str] = frozenset()
+    # Of the adapter that this one is made from, for formats that have a place for it.
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class AdapterWriter(Protocol):

@@ -23,7 +23,12 @@ from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import LoraCompressError, PluginError
 
 # Named, not imported: the host depends on no plugin, and a built-in one has no way that a stranger's lacks.
-BUILT_IN = ("lora_compress.decompositions.ab", "lora_compress.formats.peft", "lora_compress.formats.factors")
+BUILT_IN = (
+    "lora_compress.decompositions.ab",
+    "lora_compress.formats.peft",
+    "lora_compress.formats.factors",
+    "lora_compress.formats.kohya",
+)
 # "0" leaves installed plugins out: for tests, and to find out whether a plugin is at fault.
 SWITCH = "LORA_COMPRESS_PLUGINS"
 

@@ -21,7 +21,14 @@ RESULT = (
         show_default=True,
         help="Element type of the stored factors.",
     ),
-    click.option("--format", default="peft", show_default=True, help="Format of the result; of any that are read."),
+    click.option("--format", default="peft", show_default=True, help="Format of the result: peft or kohya."),
+    click.option(
+        "-e",
+        "--exclude",
+        multiple=True,
+        metavar="REGEX",
+        help="Leave tensors out, they keep the base's values; repeatable.",
+    ),
     click.option(
         "--tied-head/--no-tied-head",
         default=True,

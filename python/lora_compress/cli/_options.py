@@ -58,7 +58,7 @@ TENSORS = (
     click.option("--dtype", type=click.Choice(["BF16", "F16", "F32"], case_sensitive=False), default="BF16",
                  show_default=True, help="Element type of the stored factors."),
     click.option("--format", "format_", metavar="FORMAT",
-                 help="peft, or factors: any decomposition as it is.  [default: peft; factors for best]"),
+                 help="peft, kohya, or factors: any decomposition as it is.  [default: peft; factors for best]"),
     click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True,
                  help="Same inputs and seed, same bytes."),
 )  # fmt: skip

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import click
 
 from lora_compress.cli._console import PATH, common_options, print_json, print_table, size
+
+# The factor next to the input, in the formats that have no configuration to say the rank.
+DOWN = re.compile(r"\.lora[_.](?:down|A)\.")
+# What kohya's files say of themselves.
+KOHYA = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_output_name")
 
 
 @click.command(
@@ -45,12 +51,20 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
     if result.kind == "adapter":
         config = result.config
         pattern = config.get("rank_pattern")
-        facts.append(("base", str(config.get("base_model_name_or_path"))))
+        facts.append(
+            ("base", str(config.get("base_model_name_or_path") or config.get("ss_base_model_version", "unknown")))
+        )
+        ranks = sorted({t.shape[0] for t in result.tensors if t.shape and DOWN.search(t.name)})
         if "groups" in config:
             groups = [group for group in config["groups"] if isinstance(group, dict)]
             counts = Counter((str(group.get("decomposition")), str(group.get("contraction"))) for group in groups)
             facts += [
                 (name, f"{count} groups, ΔW[out, in] ← {contraction}") for (name, contraction), count in counts.items()
+            ]
+        elif "peft_type" not in config:
+            facts += [
+                ("rank", " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "unknown"),
+                *((name, config[name]) for name in KOHYA if name in config),
             ]
         else:
             facts += [

@@ -8,6 +8,7 @@ planned as those of an extraction are, and every choice of ranks works the same.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def combine(
     asked = any(wish is not None for wish in (*wishes.values(), max_rank, layout))
     choice = choose(**wishes, max_rank=max_rank, layout=layout)  # type: ignore[arg-type]
     out, inputs = Path(out), (Path(base), *map(Path, adapters))
-    output.check(out, force=force, inputs=inputs)
+    output.check_directory(out, force=force, inputs=inputs)
     host = plugins.load()
     target = host.formats[format]
     if stores_factors(target):
@@ -175,12 +176,19 @@ def combine(
     progress = progress or Silent()
     before = _by_name("reading adapters", combined.usual_rank, names, combined, progress)
     ranks = _ranks(model, combined, names, exact, choice, dtype, tied, progress) if asked else before
+    carried = target.carries(model, [name for name in names if ranks[name]])
+    if nameless := [name for name in names if ranks[name] and name not in carried]:
+        raise SelectionError(
+            f"the format `{format}` has no name for factors of `{nameless[0]}`: leave it out with --exclude "
+            f"'^{re.escape(nameless[0])}$'"
+        )
     plan = AdapterPlan(
         base=model,
         base_name=base_name or str(base),
         dtype=dtype,
         factors=[PlannedFactors(name, *shapes[name], ranks[name]) for name in names if ranks[name]],
         tied_embedding=tied if ranks.get(tied or "") else None,
+        metadata=parts[0].metadata if len(parts) == 1 else {},
     )
     after: dict[str, int] = {}
     stored: dict[str, int] = {}

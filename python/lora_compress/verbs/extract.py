@@ -178,7 +178,7 @@ def extract(
         plan = plan if isinstance(plan, Plan) else read(Path(plan))
         choice, options = plan.choice, Options.from_json(plan.options)
     out = Path(out)
-    output.check(out, force=force, inputs=(Path(base), Path(tuned)))
+    output.check_directory(out, force=force, inputs=(Path(base), Path(tuned)))
     host = plugins.load()
     method = host.decompositions[decomposition] if decomposition != BEST else None
     target = host.formats[options.format]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,31 @@ def inspect(path: str | Path) -> InspectResult:
     """
     path = resolve(path)
     if plugins.load().format_of(path) is not None:
-        files = sorted(file for file in path.glob("adapter*") if file.suffix in {".safetensors", ".bin"})
+        files = [path] if path.is_file() else _files(path)
         tensors = [tensor for file in files for tensor in Checkpoint(file).tensors()]
         manifest = read_manifest(path)
-        config = read_json(path / "adapter_config.json") or read_json(path / "adapter_factors.json")
+        config = _config(path, files)
         return InspectResult(path, "adapter", tuple(files), tuple(tensors), config, manifest)
     model = Model.open(path)
     shards, stored = tuple(model.checkpoint.shards), tuple(model.checkpoint.tensors())
     return InspectResult(
         path, "checkpoint", shards, stored, model.config, {}, model.architecture, model.tied_embedding()
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of an adapter's tensors: by PEFT's names, or of any name where there are none such."""
+    usual = sorted(file for file in folder.glob("adapter*") if file.suffix in {".safetensors", ".bin"})
+    return usual or sorted(folder.glob("*.safetensors"))
+
+
+def _config(path: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """What an adapter's files say of it: a configuration, else the metadata of its only file."""
+    config = {}
+    if path.is_dir():
+        config = read_json(path / "adapter_config.json") or read_json(path / "adapter_factors.json")
+    metadata = Checkpoint(files[0]).metadata if not config and len(files) == 1 else []
+    return config or dict(metadata[0] if metadata else {})
 
 
 def _elements(tensor: TensorInfo) -> int:

@@ -114,6 +114,13 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
             raise OutputExistsError(f"`{out}` is mounted, or in a read-only folder: only a directory in it is replaced")
 
 
+def check_directory(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """As `check`, where a file would be asked for by its name."""
+    check(out, force=force, inputs=inputs)
+    if out.suffix == ".safetensors":
+        raise OutputExistsError(f"`{out}` would be a directory: choose a name without `.safetensors` for it")
+
+
 def check_file(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     """As `check`, for a file; makes its folder."""
     check(out, force=force, inputs=inputs)

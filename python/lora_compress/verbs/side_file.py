@@ -93,7 +93,7 @@ def write_manifest(adapter: Path, manifest: Mapping[str, Any]) -> None:
 
 def read_manifest(adapter: Path) -> dict[str, Any]:
     """The account of the extraction; {} for an adapter that this package did not write."""
-    manifest = read_json(adapter / FOLDER / MANIFEST)
+    manifest = read_json(adapter / FOLDER / MANIFEST) if adapter.is_dir() else {}
     version = manifest.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise AdapterError(
@@ -122,6 +122,10 @@ def _is_row(row: dict[str, Any]) -> bool:
 def with_side_file(adapter: Adapter) -> Adapter:
     """The adapter and what its side file adds. Raises `AdapterError` where both replace the same tensor."""
     path = adapter.path / FOLDER / EXACT
+    beside = adapter.path.parent / FOLDER / EXACT
+    if adapter.path.is_file() and beside.is_file():
+        said = f"`{beside}` is left out: it is applied where the directory is named instead of `{adapter.path.name}`"
+        return replace(adapter, warnings=[*adapter.warnings, said])
     if not path.is_file():
         return adapter
     side = Checkpoint(path)
