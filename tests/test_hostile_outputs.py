@@ -34,6 +34,7 @@ VERBS: dict[str, list[str]] = {
     "unmerge": ["unmerge", "patched"],
     "resize": ["resize", "base", "adapter", "--rank", "16"],
     "combine": ["combine", "base", "adapter", "other", "--dtype", "F32"],
+    "convert": ["convert", "base", "adapter", "--to", "kohya"],
 }
 # Digests of what a verb writes, and how many seconds it takes.
 Undisturbed = dict[str, tuple[dict[str, str], float]]

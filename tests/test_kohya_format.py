@@ -378,7 +378,7 @@ FORMS = [(), (0,), (1,), (2, 12), (8, 2), (2, 8, 3, 3), (10, 2, 1, 1), (2, 2, 3,
     ),
     dropped=st.sets(st.integers(0, 6), max_size=2),
 )
-def test_any_tensors_are_merged_or_refused(tmp_path: Path, chosen: list[Any], dropped: set[int]) -> None:
+def test_any_tensors_are_merged_and_converted_or_refused(tmp_path: Path, chosen: list[Any], dropped: set[int]) -> None:
     rng = np.random.default_rng(0)
     base = unet(tmp_path / "unet", rng)
     good = module(rng, QUERY, 2) | tucker(rng, CONV, 2)
@@ -389,6 +389,7 @@ def test_any_tensors_are_merged_or_refused(tmp_path: Path, chosen: list[Any], dr
     file = write(tmp_path / "a.safetensors", tensors)
     for act in (
         lambda: lora_compress.merge(base, file, tmp_path / "merged", force=True),
+        lambda: lora_compress.convert(base, file, tmp_path / "peft", to="peft", force=True),
         lambda: lora_compress.resize(base, file, tmp_path / "small", rank=1, format="kohya", force=True),
         lambda: lora_compress.inspect(file),
     ):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_compress.verbs.check import check
     from lora_compress.verbs.combine import combine, resize
     from lora_compress.verbs.compare import compare
+    from lora_compress.verbs.convert import convert
     from lora_compress.verbs.extract import extract
     from lora_compress.verbs.inspect import inspect
     from lora_compress.verbs.merge import merge
@@ -63,6 +64,7 @@ _HOME = {
     "check": "verbs.check",
     "combine": "verbs.combine",
     "compare": "verbs.compare",
+    "convert": "verbs.convert",
     "extract": "verbs.extract",
     "hookimpl": "hookspecs",
     "inspect": "verbs.inspect",
@@ -97,6 +99,7 @@ __all__ = [
     "check",
     "combine",
     "compare",
+    "convert",
     "extract",
     "hookimpl",
     "inspect",

@@ -27,6 +27,7 @@ COMMANDS = {
     "unmerge": ("unmerge", "Restore the base of a merged model."),
     "resize": ("resize", "Give an adapter other ranks."),
     "combine": ("combine", "Add adapters into one."),
+    "convert": ("convert", "Write an adapter in another format."),
     "check": ("check", "Say what a server would refuse or misread of an adapter."),
     "verify": ("verify", "Compare base + adapter with the tuned model."),
     "compare": ("compare", "Compare decompositions at equal bytes."),

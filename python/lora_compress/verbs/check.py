@@ -96,7 +96,7 @@ def _facts(path: Path) -> Facts:
     if not path.exists():
         raise FileNotFoundError(2, "No such adapter", str(path))
     if path.is_file():
-        raise AdapterError(f"`{path}` is no directory of PEFT's")
+        raise AdapterError(f"`{path}` is no directory of PEFT's: `convert --to peft` makes one of a file of kohya's")
     if (path / "adapter_factors.json").is_file():
         raise AdapterError(f"`{path}` stores factors, which no server reads: `combine` makes pairs of them")
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():

@@ -23,6 +23,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "- lora-compress",
         "---",
     ]
+    if "converted_from" in manifest and "totals" not in manifest:
+        return "\n".join([*front, "", *_converted(manifest), ""])
     if "made_from" in manifest:
         return "\n".join([*front, "", *_combined(manifest), ""])
     totals = manifest["totals"]
@@ -59,6 +61,18 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         if tensor["treatment"] == "low-rank"
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _converted(manifest: Mapping[str, Any]) -> list[str]:
+    """The body of a card of an adapter that was converted from another format."""
+    return [
+        "# LoRA adapter",
+        "",
+        f"For the base `{manifest['base']}`, converted from `{manifest['converted_from']}` by "
+        f"[lora-compress](https://pypi.org/project/lora-compress/) {manifest['version']}:",
+        "",
+        f"    {manifest['command']}",
+    ]
 
 
 def _combined(manifest: Mapping[str, Any]) -> list[str]:

@@ -43,16 +43,21 @@ def read(path: Path, base: Model) -> Adapter:
     Raises `AdapterError` for settings and tensors that cannot be applied, `CheckpointError` for broken files.
     """
     config = read_json(path / CONFIG)
-    weights = next((path / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()), None)
-    if weights is None:
-        raise AdapterError(f"`{path}` has no `{WEIGHTS}`")
-    return interpret(path, config, base, Checkpoint(weights))
+    return interpret(path, config, base, Checkpoint(weights_of(path)))
 
 
 def interpret(path: Path, config: dict[str, Any], base: Model, weights: Checkpoint) -> Adapter:
     """What a configuration and weights mean for a base. Raises as `read` does."""
     _check_config(path / CONFIG, config)
     return _Reader(path, config, base, weights).read()
+
+
+def weights_of(path: Path) -> Path:
+    """The file of an adapter's tensors."""
+    weights = next((path / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()), None)
+    if weights is None:
+        raise AdapterError(f"`{path}` has no `{WEIGHTS}`")
+    return weights
 
 
 @dataclass

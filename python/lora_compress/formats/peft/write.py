@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from lora_compress._native import Writer
 from lora_compress.formats.peft.card import model_card
 from lora_compress.formats.peft.layout import CONFIG, WEIGHTS, Layout, Place, head_place
-from lora_compress.model import CONV1D_MODELS, names, stack_of
+from lora_compress.model import CONV1D_MODELS, Model, names, stack_of
 
 if TYPE_CHECKING:
     from lora_compress.adapter import AdapterPlan, Float32Matrix
@@ -100,32 +100,11 @@ class PeftWriter:
             yield head_place()
 
     def _config(self) -> dict[str, Any]:
+        # alpha = r for every module, with and without the patterns: the scale is 1 for every reader.
         rank = max(self._ranks.values(), default=1)
-        pattern = {"^" + re.escape(name): r for name, r in self._ranks.items() if r != rank}
-        modules = [name for name in self._ranks if name not in self._parameters]
-        config = {
-            "peft_type": "LORA",
-            "peft_version": PEFT_VERSION,
-            "base_model_name_or_path": self._plan.base_name,
-            "revision": None,
-            "task_type": "CAUSAL_LM" if self._plan.base.architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
-            "inference_mode": True,
-            "r": rank,
-            # alpha = r for every module, with and without the patterns: the scale is 1 for every reader.
-            "lora_alpha": rank,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "use_rslora": False,
-            "use_dora": False,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": self._plan.base.model_type in CONV1D_MODELS,
-            "target_modules": short_targets(modules, self._paths()),
-            "modules_to_save": None,
-            "init_lora_weights": True,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-        }
+        config = configuration(
+            self._plan.base, self._plan.base_name, self._ranks, self._ranks, rank, rank, self._parameters
+        )
         # Keys of recent releases are left out where they say nothing: older ones refuse what they do not know.
         if self._parameters:
             config["target_parameters"] = sorted(self._parameters)
@@ -133,9 +112,40 @@ class PeftWriter:
             config["ensure_weight_tying"] = True
         return config
 
-    def _paths(self) -> list[str]:
-        base = self._plan.base
-        return [base.path_of(name) for name in names(base.checkpoint)]
+
+def configuration(
+    base: Model,
+    base_name: str,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    rank: int,
+    alpha: float,
+    parameters: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`adapter_config.json`, with patterns for the modules whose rank or alpha is another than `rank` or `alpha`."""
+    modules = [name for name in ranks if name not in parameters]
+    return {
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "task_type": "CAUSAL_LM" if base.architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {"^" + re.escape(name): own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {"^" + re.escape(name): own for name, own in alphas.items() if own != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": base.model_type in CONV1D_MODELS,
+        "target_modules": short_targets(modules, [base.path_of(name) for name in names(base.checkpoint)]),
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
 def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
