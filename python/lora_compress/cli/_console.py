@@ -98,7 +98,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def printable(text: str) -> str:
     """Text that does nothing to a terminal: names of tensors come from files of strangers."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def warn(messages: Sequence[str], *, limit: int = 5) -> None:

@@ -47,7 +47,7 @@ impl Delta {
     ///
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::UnsupportedDtype`], [`Error::ShapeMismatch`], [`Error::Io`];
-    /// [`Error::NonFinite`] when either side holds NaN or an infinity, [`Error::Overflow`] when the difference does not fit
+    /// [`Error::NonFinite`] when either side holds NaN or an infinity, [`Error::TooFar`] when the difference does not fit
     /// f32.
     pub fn load(base: &Arc<Checkpoint>, tuned: &Arc<Checkpoint>, name: &str) -> Result<Self> {
         Self::load_in(&Workspace::default(), base, tuned, name)

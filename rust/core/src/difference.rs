@@ -187,7 +187,7 @@ impl Difference {
     /// Elements from flat index `begin` on into `out`, and their sums.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::NonFinite`] when either side holds NaN or an infinity, [`Error::Overflow`] when the difference
+    /// [`Error::Io`]; [`Error::NonFinite`] when either side holds NaN or an infinity, [`Error::TooFar`] when the difference
     /// does not fit f32.
     pub(crate) fn read(&self, begin: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<Sums> {
         /// Elements that stay in the first-level cache from the decoding to the sums.
@@ -239,7 +239,7 @@ impl Difference {
             }
         }
         let index = out.iter().position(|value| !value.is_finite()).unwrap_or(0);
-        Err(Error::Overflow { name: self.name.clone(), index: begin + index, value: sums.energy, dtype: Dtype::F32 })
+        Err(Error::TooFar { path: tuned.path().into(), name: self.name.clone(), index: begin + index })
     }
 }
 

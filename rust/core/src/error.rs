@@ -20,6 +20,13 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// A checkpoint is to be read from something that is no file.
+    #[error("`{}` is neither a file nor a directory", path.display())]
+    NoFile {
+        /// What it is called.
+        path: PathBuf,
+    },
+
     /// A directory holds no checkpoint under the names this crate knows.
     #[error("`{}` holds no model (`model.safetensors`, a shard index, `pytorch_model.bin`){hint}", path.display())]
     NoCheckpoint {
@@ -151,6 +158,21 @@ pub enum Error {
         index: usize,
         /// Its value.
         value: f64,
+    },
+
+    /// Base and tuned are so far apart that their difference leaves the range of f32.
+    #[error(
+        "tensor `{name}` in `{}` is so far from the base's at flat index {index} that the difference overflows F32; \
+         `--exclude` leaves a tensor out",
+        path.display()
+    )]
+    TooFar {
+        /// The tuned checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Row-major index of the element.
+        index: usize,
     },
 
     /// A finite result does not fit the dtype it has to be stored in.

@@ -77,6 +77,10 @@ impl Shard {
 
     /// Opens a file of safetensors or of PyTorch's: the first bytes tell.
     pub(crate) fn open(path: &Path) -> Result<Opened> {
+        // Opening a pipe would wait for somebody to write to it.
+        if !std::fs::metadata(path).at(path)?.is_file() {
+            return Err(Error::NoFile { path: path.to_path_buf() });
+        }
         let file = File::open(path).at(path)?;
         let len = file.metadata().at(path)?.len();
         let mut prefix = vec![0u8; PREFIX.min(len) as usize];

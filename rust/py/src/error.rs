@@ -26,6 +26,7 @@ pub fn to_python(error: Error) -> PyErr {
             None => PyOSError::new_err(message),
         },
         Error::NoCheckpoint { .. }
+        | Error::NoFile { .. }
         | Error::Header { .. }
         | Error::Torch { .. }
         | Error::Index { .. }
@@ -38,7 +39,8 @@ pub fn to_python(error: Error) -> PyErr {
         | Error::Computed { .. }
         | Error::UnsupportedDtype { .. }
         | Error::NonFinite { .. }
-        | Error::Overflow { .. } => TensorError::new_err(message),
+        | Error::Overflow { .. }
+        | Error::TooFar { .. } => TensorError::new_err(message),
         // The callback's own exception is raised in its place (`gate::progress`); this is what remains without one.
         Error::Interrupted => PyKeyboardInterrupt::new_err(()),
         Error::Writer { .. } => PyRuntimeError::new_err(message),
