@@ -34,6 +34,7 @@ mod difference;
 mod directory;
 mod dtype;
 mod error;
+mod fault;
 mod file;
 mod fingerprint;
 #[cfg(any(fuzzing, test))]
