@@ -37,8 +37,8 @@ KEYS = (
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, -1, 2**31, 2**64, 0.5, -0.0, 1e30, 1e308, "", "LORA", "x", "0.18.1", "(", "^q$",
-    ".*", "q|conv", "(a+)+b", "mlp.experts.up", "q.weight", "\ud800", [], ["q"], ["mlp.experts.up"], [None], {}, {"q": 2},
-    {"q": 2, ".*": 4}, {"(": 1}, {"conv": "x"}, {"mlp.experts.up": 2.5},
+    ".*", "q|conv", "(a+)+b", "mlp.experts.up", "q.weight", "\ud800", [], ["q"], ["mlp.experts.up"], [None], {},
+    {"q": 2}, {"q": 2, ".*": 4}, {"(": 1}, {"conv": "x"}, {"mlp.experts.up": 2.5},
 )  # fmt: skip
 
 
