@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lora_compress import Checkpoint, CheckpointError
+from lora_compress.torch.fidelity import Fidelity
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -203,6 +204,19 @@ def test_we_apply_experts_as_peft_does(tmp_path: Path, kind: str, targets: list[
     assert moved == 2 * (1 + len(targets))
     small = lora_compress.resize(base, tmp_path / "adapter", tmp_path / "small", rank=3, dtype="F32")
     assert small.error < 1e-5
+
+
+def test_experts_are_measured_as_they_are_merged(tmp_path: Path) -> None:
+    model = experts("gpt_oss")
+    model.save_pretrained(tmp_path / "base")
+    model.load_state_dict(moved(model, 2))
+    model.save_pretrained(tmp_path / "tuned")
+    np.save(tmp_path / "ids.npy", np.arange(256) * 7 % 40)
+    fidelity = Fidelity(tmp_path / "base", tmp_path / "tuned", tmp_path / "ids.npy", context=64, tokens=256)
+    lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2, dtype="F32")
+    # Everything of more than one dimension has moved by rank 2.
+    assert fidelity(tmp_path / "base")["kl"] > 1e-3
+    assert fidelity(tmp_path / "adapter")["kl"] < 1e-5
 
 
 @pytest.mark.parametrize("side", ["base", "tuned", "both"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
-from lora_compress.model import Model, last_component
+from lora_compress.model import Model, last_component, stack_of
 from lora_compress.torch.tokens import read_tokens
 from lora_compress.verbs.merge import read_adapter
 
@@ -57,7 +57,8 @@ class Fidelity:
             else:
                 model = load(self._base, self._device)
                 if path != self._base:
-                    adapted = Adapted(model, read_adapter(path, Model.open(self._base)))
+                    base = Model.open(self._base)
+                    adapted = Adapted(model, base, read_adapter(path, base))
                     adapted.set(dict.fromkeys(adapted.kinds, 1.0))
             every = list(range(len(self._target.windows)))
             kl, loss = self._target.divergence_and_loss(model, every)
@@ -99,23 +100,31 @@ class Target:
 
 
 class Adapted:
-    """A base whose weights carry an adapter at scales that can be set."""
+    """A base whose weights carry an adapter at scales that can be set: `model` is what transformers makes of `base`."""
 
-    def __init__(self, model: Any, adapter: Adapter) -> None:
+    def __init__(self, model: Any, base: Model, adapter: Adapter) -> None:
         self.model = model
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        missing = sorted(adapter.tensors() - set(parameters))
-        if missing:
-            raise SelectionError(f"transformers has no weight `{missing[0]}`: it names this model's weights otherwise")
+
+        def weight_of(name: str) -> torch.Tensor:
+            stack = stack_of(name)
+            path = base.path_of(stack[0] if stack else name)
+            if path not in parameters:
+                raise SelectionError(f"transformers has no weight `{path}`: it names this model's weights otherwise")
+            weight: torch.Tensor = parameters[path]
+            return weight[stack[1]] if stack else weight
+
         if adapter.new_rows:
             raise SelectionError(
                 f"`{min(adapter.new_rows)}` has new rows: nothing is measured where the vocabulary grew"
             )
         for name, (checkpoint, key) in adapter.replacements.items():
-            parameters[name].copy_(torch.from_numpy(checkpoint.read(key)).to(parameters[name]))
+            weight = weight_of(name)
+            weight.copy_(torch.from_numpy(checkpoint.read(key)).to(weight))
         self._terms: list[tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = []
         for name in sorted({*adapter.low_rank, *adapter.computed}):
-            weight = parameters[name]
+            # A kernel as the matrix that its factors multiply to.
+            weight = weight_of(name).flatten(1)
             terms: list[Any] = [term.factors() for term in adapter.low_rank.get(name, ())]
             terms += [compute() for compute in adapter.computed.get(name, ())]
             for term in terms:

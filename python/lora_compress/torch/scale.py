@@ -92,7 +92,7 @@ def search_scale(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.inference_mode():
         target = Target(load(tuned, place), windows)
-        scaled = Adapted(load(base, place), read_adapter(adapter, model))
+        scaled = Adapted(load(base, place), model, read_adapter(adapter, model))
         calibrate, check = target.halves()
 
         def loss(scales: Mapping[str, float], half: list[int]) -> float:
