@@ -232,46 +232,46 @@ impl Checkpoint {
                 Ok(())
             }
             Layout::Scaled(grid, scales) => {
-                const SIZE: usize = size_of::<f32>();
-                let (first, bytes) = self.read_whole_elements(entry, name, begin, out.len(), SIZE)?;
-                let needed = grid.needed(first, first + bytes.len());
-                let size = scales.stored.dtype.bits() as usize / 8;
-                let mut raw = vec![0u8; needed.len() * size];
-                self.read_stored(scales, name, (needed.start * size) as u64, &mut raw)?;
-                let scales = scaled::decode_scales(scales.stored.dtype, &raw).unwrap_or_default();
-                let mut values = vec![0f32; bytes.len()];
-                grid.apply(entry.stored.dtype, first, &bytes, &scales, &mut values);
-                let skipped = begin as usize - first * SIZE;
-                let values: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                out.copy_from_slice(&values[skipped..skipped + out.len()]);
-                Ok(())
+                self.read_wider(entry, name, begin, size_of::<f32>(), out, |first, bytes, out| {
+                    let needed = grid.needed(first, first + bytes.len());
+                    let size = scales.stored.dtype.bits() as usize / 8;
+                    let mut raw = vec![0u8; needed.len() * size];
+                    self.read_stored(scales, name, (needed.start * size) as u64, &mut raw)?;
+                    let scales = scaled::decode_scales(scales.stored.dtype, &raw).unwrap_or_default();
+                    grid.apply(entry.stored.dtype, first, bytes, &scales, out);
+                    Ok(())
+                })
             }
-            Layout::Widened => {
-                const SIZE: usize = size_of::<u16>();
-                let (first, bytes) = self.read_whole_elements(entry, name, begin, out.len(), SIZE)?;
-                let mut values = vec![0u8; bytes.len() * SIZE];
-                scaled::widen(entry.stored.dtype, &bytes, &mut values);
-                let skipped = begin as usize - first * SIZE;
-                out.copy_from_slice(&values[skipped..skipped + out.len()]);
+            Layout::Widened => self.read_wider(entry, name, begin, size_of::<u16>(), out, |_, bytes, out| {
+                scaled::widen(entry.stored.dtype, bytes, out);
                 Ok(())
-            }
+            }),
         }
     }
 
-    /// The stored bytes of the elements that `len` read bytes from `begin` on fall into, and the first one's number.
-    fn read_whole_elements(
+    /// Reads bytes of a tensor whose elements are stored in one byte and read as `size`: `widen(first element, stored, out)`
+    /// makes whole elements of them.
+    fn read_wider(
         &self,
         entry: &Entry,
         name: &str,
         begin: u64,
-        len: usize,
         size: usize,
-    ) -> Result<(usize, Vec<u8>)> {
-        let first = begin as usize / size;
-        let last = (begin as usize + len).div_ceil(size).max(first);
+        out: &mut [u8],
+        widen: impl Fn(usize, &[u8], &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (begin, end) = (begin as usize, begin as usize + out.len());
+        let (first, last) = (begin / size, end.div_ceil(size));
         let mut bytes = vec![0u8; last - first];
         self.read_stored(entry, name, first as u64, &mut bytes)?;
-        Ok((first, bytes))
+        if begin == first * size && end == last * size {
+            return widen(first, &bytes, out);
+        }
+        // Whoever asks for parts of elements asks for few.
+        let mut whole = vec![0u8; bytes.len() * size];
+        widen(first, &bytes, &mut whole)?;
+        out.copy_from_slice(&whole[begin - first * size..end - first * size]);
+        Ok(())
     }
 
     fn read_stored(&self, entry: &Entry, name: &str, begin: u64, out: &mut [u8]) -> Result<()> {

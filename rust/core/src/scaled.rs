@@ -83,8 +83,8 @@ impl Grid {
         row(first)..row(last.saturating_sub(1).max(first)) + self.scales.1
     }
 
-    /// The values of elements from `first` on; `scales` are those of [`Self::needed`].
-    pub(crate) fn apply(&self, dtype: Dtype, first: usize, stored: &[u8], scales: &[f32], out: &mut [f32]) {
+    /// The values of elements from `first` on, as little-endian F32; `scales` are those of [`Self::needed`].
+    pub(crate) fn apply(&self, dtype: Dtype, first: usize, stored: &[u8], scales: &[f32], out: &mut [u8]) {
         let table = table(dtype);
         let cols = self.matrix.1.max(1);
         let begin = self.needed(first, first + 1).start;
@@ -94,9 +94,9 @@ impl Grid {
             let segment = (self.block.1 - in_row % self.block.1).min(cols - in_row).min(end - at);
             let scale = self.needed(at, at + 1).start + in_row / self.block.1 - begin;
             let scale = scales.get(scale).copied().unwrap_or(f32::NAN);
-            let range = at - first..at - first + segment;
-            for (value, &byte) in out[range.clone()].iter_mut().zip(&stored[range]) {
-                *value = table[usize::from(byte)] * scale;
+            let (begin, end) = (at - first, at - first + segment);
+            for (value, &byte) in out[4 * begin..4 * end].chunks_exact_mut(4).zip(&stored[begin..end]) {
+                value.copy_from_slice(&(table[usize::from(byte)] * scale).to_le_bytes());
             }
             at += segment;
         }
