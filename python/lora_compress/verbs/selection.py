@@ -110,9 +110,11 @@ def select(
 
 
 def matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """Names in which any of the patterns is found; each pattern must be a regular expression and find one."""
+    """Names in which any of the patterns is found (one may be given alone); each must be a regular expression and find
+    one.
+    """
     matched: set[str] = set()
-    for pattern in patterns:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
             hits = {name for name in names if re.search(pattern, name)}
         except re.error as error:
