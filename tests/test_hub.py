@@ -55,6 +55,17 @@ def test_a_model_of_the_cache_goes_all_the_way(cache: Path, pair: Pair, tmp_path
     assert Model.open(f"org/base@{COMMIT}").path == snapshot
 
 
+def test_a_snapshot_is_not_replaced_by_what_is_made_from_it(cache: Path, pair: Pair, tmp_path: Path) -> None:
+    snapshot = store(cache, "org/base", pair[0])
+    lora_compress.extract("org/base", pair[1], tmp_path / "made", rank=4)
+    for out in (snapshot, snapshot.parent, cache / "models--org--base"):
+        with pytest.raises(lora_compress.LoraCompressError, match="would replace the input `org/base`"):
+            lora_compress.merge("org/base", ["made"], out, force=True)
+        with pytest.raises(lora_compress.LoraCompressError, match="would replace the input `org/base`"):
+            lora_compress.extract("org/base", pair[1], out, rank=4, force=True)
+    assert all(path.is_symlink() for path in snapshot.iterdir())
+
+
 def test_an_adapter_of_the_cache_is_merged(cache: Path, pair: Pair, tmp_path: Path) -> None:
     lora_compress.extract(*pair, tmp_path / "made", rank=4, exclude=["norm"])
     (tmp_path / "made" / "lora_compress" / "manifest.json").unlink()

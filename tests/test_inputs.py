@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,39 @@ def test_a_plan_of_experts_is_followed(
     assert lora_compress.merge(paths[0], [tmp_path / "smaller"], tmp_path / "merged").changed == 2
 
 
+def test_a_plan_notices_an_expert_that_changed(
+    make_pair: Callable[..., Pair], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    base, tuned = experts(rng)
+    plan = lora_compress.plan(*make_pair(base, tuned), rank=2)
+    # Between the places that a fingerprint looks at.
+    tuned["model.layers.0.mlp.experts.gate_up_proj"][2, 1, 3] += 5
+    changed = make_pair(base, tuned)
+    small = replace(plan, fingerprints=lora_compress.plan(*changed, rank=2).fingerprints)
+    with pytest.raises(lora_compress.PlanError, match=r"`model\.layers\.0\.mlp\.experts\.gate_up_proj` has changed"):
+        lora_compress.extract(*changed, tmp_path / "out", plan=small)
+
+
+@pytest.mark.parametrize("consumer", ["peft", "vllm"])
+def test_checks_know_the_ranks_of_experts(
+    make_pair: Callable[..., Pair], tmp_path: Path, rng: np.random.Generator, consumer: str
+) -> None:
+    paths = make_pair(*experts(rng))
+    lora_compress.extract(*paths, tmp_path / "adapter", rank="energy=0.9")
+    found = lora_compress.check(tmp_path / "adapter", consumer)
+    assert found.ok is (consumer == "peft"), found
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 7, "rank_pattern": {}}))
+    assert not lora_compress.check(tmp_path / "adapter", "peft").ok
+
+
+def test_a_stack_and_its_matrix_cannot_both_be_named(tmp_path: Path) -> None:
+    stack = np.zeros((2, 3, 4), F32)
+    save_file({"x.experts.w": stack, "x.experts.w[0]": stack[0]}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"two tensors of .* would be called `x\.experts\.w\[0\]`"):
+        Checkpoint(tmp_path / "m.safetensors")
+
+
 def test_adapters_of_old_peft_are_told_apart(
     make_pair: Callable[..., Pair], tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -194,6 +228,16 @@ def test_a_smaller_vocabulary_leaves_the_other_rows_alone(
     assert lora_compress.extract(*paths, tmp_path / "planned", plan=plan).error < 0.01
 
 
+@pytest.mark.parametrize("wishes", [{"format": "factors"}, {"decomposition": "best"}, {"format": "kohya"}])
+def test_a_format_that_cannot_carry_a_smaller_vocabulary_says_so(
+    make_pair: Callable[..., Pair], tmp_path: Path, rng: np.random.Generator, wishes: Any
+) -> None:
+    paths = make_pair(*fewer(rng))
+    with pytest.raises(SelectionError, match=r"3 rows fewer in `model\.embed_tokens\.weight`.*--exclude"):
+        lora_compress.extract(*paths, tmp_path / "adapter", rank=2, **wishes)
+    assert not (tmp_path / "adapter").exists()
+
+
 # Each maps tuned's names to what base calls the same.
 RENAMINGS: dict[str, Callable[[str], str]] = {
     "prefix less": lambda name: name.removeprefix("model."),
@@ -233,6 +277,17 @@ def test_a_head_beside_renamed_tensors_is_told(
     with pytest.raises(SelectionError, match=r"lacks `score\.weight`"):
         lora_compress.extract(*paths, tmp_path / "out", rank=2)
     assert lora_compress.extract(*paths, tmp_path / "out", rank=2, skip_missing=True).rank == 2
+
+
+def test_other_layers_and_towers_are_not_taken_for_renamed_ones() -> None:
+    def layers(*numbers: int, root: str = "model.layers") -> dict[str, tuple[int, ...]]:
+        return {f"{root}.{number}.{kind}.weight": (4, 4) for number in numbers for kind in ("q", "k", "v")}
+
+    assert renaming(layers(0, 1, 2, 3), layers(0, 1, 2, 7)) is None
+    assert renaming(layers(0, 1, root="text_model.encoder"), layers(0, 1, root="vision_model.encoder")) is None
+    assert renaming(layers(0, 1), layers(0, 1) | {"a.x.weight": (4, 4)}) is None
+    assert renaming(layers(0, 1), layers(0, 1, root="base.layers")) is None
+    assert renaming(layers(0, 1), layers(0, 1, root="base.model.layers")) is not None
 
 
 def test_other_models_are_not_renamed() -> None:
@@ -310,6 +365,21 @@ def test_eight_bits_without_scales_are_bf16(tmp_path: Path) -> None:
         assert checkpoint.read_bytes("w", 3, 4) == every.view(dtype).astype(BF16).tobytes()[3:7]
 
 
+def test_scales_of_four_bit_weights_stay_as_they_are(tmp_path: Path) -> None:
+    """NVFP4 and the like: packed weights, whose scales are themselves in eight bits."""
+    scales = np.arange(64, dtype=np.uint8).reshape(8, 8).view(E4M3)
+    packed = {"q.weight": np.ones((8, 64), np.uint8), "q.weight_scale": scales, "v.weight": np.ones((8, 8), BF16)}
+    config = {"quantization_config": {"quant_method": "modelopt"}}
+    save(tmp_path / "base", packed, config)
+    save(tmp_path / "tuned", {**packed, "v.weight": np.full((8, 8), 2, BF16)}, config)
+    lora_compress.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    lora_compress.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged = Checkpoint(tmp_path / "merged")
+    assert merged.info("q.weight_scale").stored_dtype == "F8_E4M3"
+    assert merged.read_bytes("q.weight_scale") == scales.tobytes()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config
+
+
 def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for scales in (np.ones((2, 2), F32), np.ones((7,), F32), np.ones((1, 1), np.int32)):
         save_file({"w": np.zeros((300, 200), E4M3), "w_scale_inv": scales}, tmp_path / "m.safetensors")
@@ -334,6 +404,8 @@ def test_an_eight_bit_base_goes_all_the_way(tmp_path: Path, rng: np.random.Gener
         save(tmp_path / "tuned", {"w.weight": tuned.astype(BF16), **other}, {"model_type": "x"})
     paths = tmp_path / "base", tmp_path / "tuned"
     result, merged = all_the_way(paths, tmp_path, rank=4, dtype="F32")
+    again = lora_compress.merge(paths[0], [tmp_path / "adapter"], tmp_path / "merged", force=True)
+    assert "1 weights of eight bits are written as BF16, each rounded once more" in again.warnings[0]
     assert [tensor.treatment.value for tensor in result.tensors] == ["unchanged", "low-rank"]
     assert merged.keys() == {"w.weight", "norm.weight"}
     assert merged["w.weight"].dtype == BF16

@@ -382,3 +382,19 @@ def test_what_was_to_be_replaced_comes_back(model: Model, killed: Path, tmp_path
     assert contents(tmp_path / "out") == {"adapter_config.json": b"old"}
     assert not hidden(tmp_path / "out")
     assert model.merge(tmp_path / "out", force=True) == 0
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_what_was_replaced_is_no_obstacle_to_the_next(
+    model: Model, killed: Path, tmp_path: Path, as_file: bool
+) -> None:
+    """Killed when the output stood, and what it had replaced was still to be removed."""
+    if as_file:
+        (killed / REPLACED).write_text("old")
+    else:
+        (killed / REPLACED).mkdir()
+        (killed / REPLACED / "adapter_config.json").write_text("old")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("new")
+    assert model.merge(tmp_path / "out", force=True) > 0
+    assert not hidden(tmp_path / "out")

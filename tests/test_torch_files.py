@@ -80,18 +80,37 @@ def test_tensors_may_share_a_storage(tmp_path: Path, rng: np.random.Generator) -
 @pytest.mark.parametrize("key", ["state_dict", "model", "anything"])
 def test_the_state_dict_may_lie_among_other_things(tmp_path: Path, key: str) -> None:
     weights = OrderedDict(w=np.ones((2, 2), np.float32), version=3)
-    path = save_torch(
-        tmp_path / "epoch.pt", {"epoch": 7, key: weights, "lr": [0.1, None, True, "x", b"y", {1}, (1 << 70,)]}
-    )
+    others = {"epoch": 7, "lr": [0.1, None, True, "x", b"y", {1}, (1 << 70,)]}
+    path = save_torch(tmp_path / "epoch.pt", {**others, key: weights})
     assert list(values(path)) == ["w"]
-    assert Checkpoint(path).metadata == [{"torch.state_dict": key, "torch.values_beside_tensors": "3"}]
+    assert Checkpoint(path).notes == []
 
 
 def test_weights_come_before_what_trained_them(tmp_path: Path) -> None:
+    """What is left out is told where it has tensors, however deep."""
     one = {"w": np.ones(2, np.float32)}
-    assert list(values(save_torch(tmp_path / "a.pt", {"ema": one, "model_state_dict": {"v": one["w"]}}))) == ["v"]
-    with pytest.raises(CheckpointError, match="several dictionaries of tensors, `ema` and `raw`"):
-        Checkpoint(save_torch(tmp_path / "b.pt", {"ema": one, "raw": {"v": one["w"]}}))
+    others = {"ema": one, "loss": one["w"], "optimizer": {"state": {0: {"exp_avg": one["w"]}}}, "epoch": 3}
+    path = save_torch(tmp_path / "a.pt", {**others, "model_state_dict": {"v": one["w"]}})
+    assert list(values(path)) == ["v"]
+    said = "the weights are those under `model_state_dict`; tensors under `ema`, `loss`, `optimizer` are left out"
+    assert Checkpoint(path).notes == [f"`{path}`: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"ema": {"w": np.ones(2)}, "raw": {"v": np.ones(2)}}, "several dictionaries of tensors, `ema` and `raw`"),
+        ({"w": np.ones(2), "layers": {"v": np.ones(2)}}, "`layers` holds tensors of its own"),
+        ({"w": np.ones(2), "layers": [np.ones(2)]}, "`layers` holds tensors of its own"),
+        ({"state_dict": {"w": np.ones(2), "sub": {"v": np.ones(2)}}}, "`sub` holds tensors of its own"),
+        ({"model": {"encoder": {"w": np.ones(2)}}}, "no dictionary of tensors"),
+        ({3: np.ones(2)}, "a tensor's name is no text"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_tensor_is_lost_between_levels(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(save_torch(tmp_path / "x.pt", content))
 
 
 class Call:
@@ -148,7 +167,7 @@ def test_nothing_that_a_pickle_asks_for_is_run(
         (b"\x80\x02}X\x01\x00\x00\x00\xffNs.", "not UTF-8"),
         (b"\x80\x02(]" * 5_000_000, "too many values"),
         (b"\x80\x02" + b")" * 9_000_000 + b".", "too many values"),
-        (b"\x80\x02N" + b"\x85" * 3_000_000 + b".", "no dictionary of tensors"),
+        (b"\x80\x02N" + b"\x85" * 2_000_000 + b".", "no dictionary of tensors"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
@@ -248,3 +267,32 @@ def test_models_of_pytorch_files_go_all_the_way(tmp_path: Path, rng: np.random.G
     for name, tensor in load(tmp_path / "merged").items():
         assert tensor.dtype == base[name].dtype
         assert np.allclose(tensor.astype(np.float32), tuned[name].astype(np.float32), rtol=2**-7, atol=1e-6), name
+
+
+@pytest.mark.parametrize("tied_side", ["base", "tuned"])
+def test_a_tied_head_that_is_stored_stays_tied(tmp_path: Path, rng: np.random.Generator, tied_side: str) -> None:
+    """PyTorch's files have a tied model's matrix under both names; safetensors once."""
+    base, config = tiny_llama(rng, tied=True)
+    sides = {"base": base, "tuned": tuned_from(base, rng)}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for name, tensors in sides.items():
+        save(tmp_path / name, tensors, config)
+    folder = tmp_path / tied_side
+    (folder / "model.safetensors").unlink()
+    flat = sides[tied_side][embedding].reshape(-1)
+    shared = {name: View(flat, sides[tied_side][embedding].shape, (24, 1)) for name in (embedding, head)}
+    save_torch(folder / "pytorch_model.bin", {**sides[tied_side], **shared})
+    paths = tmp_path / "base", tmp_path / "tuned"
+    result = lora_compress.extract(*paths, tmp_path / "adapter", rank=24, dtype="F32")
+    assert {tensor.name: tensor.treatment.value for tensor in result.tensors}[head] == "tied"
+    checked = lora_compress.verify(*paths, tmp_path / "adapter")
+    assert (checked.ok, checked.unchecked) == (True, ())
+    lora_compress.merge(paths[0], [tmp_path / "adapter"], tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert np.allclose(merged[embedding].astype(np.float32), sides["tuned"][embedding].astype(np.float32), rtol=2**-7)
+    if tied_side == "base":
+        assert np.array_equal(merged[head], merged[embedding])
+    else:
+        assert head not in merged
+    # PEFT applies factors to the forward of both.
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["ensure_weight_tying"]

@@ -47,6 +47,13 @@ def resolve(path: str | Path) -> Path:
     return found
 
 
+def local(path: Path) -> Path:
+    """As `resolve`, of what is there: nothing is downloaded, and a path that leads nowhere is returned as it is."""
+    match = ID.fullmatch(path.as_posix())
+    found = None if match is None or path.exists() else cached(match["name"], match["revision"] or MAIN)
+    return found or path
+
+
 def cached(name: str, revision: str = MAIN) -> Path | None:
     """The directory of a model's files in the local cache; None where it is not there."""
     repository = cache() / f"models--{name.replace('/', '--')}"

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Checkpoint
+from lora_compress._native import Checkpoint, same_bytes
 from lora_compress.errors import CheckpointError
 from lora_compress.hub import resolve
 
@@ -127,10 +127,24 @@ class Model:
         A causal language model whose checkpoint has no head can only take it from the embedding. That it is tied where
         a head is stored too needs no care here: both tensors then have a delta of their own.
         """
+        stored = any(name.endswith(HEAD + WEIGHT) for name in names(self.checkpoint))
+        return None if stored else self._embedding_of_head()
+
+    @cached_property
+    def copied_head(self) -> tuple[str, str] | None:
+        """The stored output head and the embedding whose matrix it is once more, as PyTorch's files have it of tied
+        models; None for any other.
+        """
+        embedding = self._embedding_of_head() if HEAD + WEIGHT in self.checkpoint else None
+        if embedding is None or not same_bytes(self.checkpoint, self.checkpoint, HEAD + WEIGHT, embedding):
+            return None
+        return HEAD + WEIGHT, embedding
+
+    def _embedding_of_head(self) -> str | None:
+        """The embedding that a head would share, if this is a model with a head that may share one."""
         text = self.config.get("text_config")
         settings = text if isinstance(text, dict) and "tie_word_embeddings" in text else self.config
-        stored = any(name.endswith(HEAD + WEIGHT) for name in names(self.checkpoint))
-        if stored or settings.get("tie_word_embeddings") is False or not self.architecture.endswith(HEADED):
+        if settings.get("tie_word_embeddings") is False or not self.architecture.endswith(HEADED):
             return None
         inputs = [name for name in names(self.checkpoint) if last_component(name) in INPUT_EMBEDDINGS]
         return inputs[0] if len(inputs) == 1 else None
@@ -155,7 +169,8 @@ def last_component(tensor: str) -> str:
 
 def is_convolution(tensor: str, shape: Sequence[int]) -> bool:
     """Whether the tensor is, by name and shape, the kernel (out, in, …) of a convolution in one to three dimensions."""
-    return module_of(tensor) is not None and 3 <= len(shape) <= 5 and max(shape[2:]) <= LONGEST_KERNEL
+    is_kernel = 3 <= len(shape) <= 5 and max(shape[2:]) <= LONGEST_KERNEL
+    return is_kernel and module_of(tensor) is not None and not (len(shape) == 3 and EXPERTS.search(tensor))
 
 
 def is_stack(tensor: str, shape: Sequence[int]) -> bool:

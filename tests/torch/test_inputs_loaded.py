@@ -73,6 +73,12 @@ def test_what_is_no_state_dict_says_so(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "expanded.pt")
 
 
+def test_views_that_torch_negates_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch._neg_view(torch.ones(3))}, tmp_path / "negated.pt")
+    with pytest.raises(CheckpointError, match="negated or conjugated view"):
+        Checkpoint(tmp_path / "negated.pt")
+
+
 class Convolutions(nn.Module):  # type: ignore[misc]
     """One of each kind that PEFT knows."""
 
@@ -82,6 +88,8 @@ class Convolutions(nn.Module):  # type: ignore[misc]
         self.two = nn.Conv2d(6, 10, (3, 2))
         self.pointwise = nn.Conv2d(6, 10, 1)
         self.three = nn.Conv3d(4, 6, 2)
+        # As CLIP calls it: a convolution all the same.
+        self.patch_embedding = nn.Conv2d(3, 8, 2)
         self.linear = nn.Linear(8, 12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +132,7 @@ def test_we_apply_kernels_as_peft_does(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Convolutions()
     save_file(base.state_dict(), tmp_path / "base.safetensors")
-    names = ["one", "two", "pointwise", "three", "linear"]
+    names = ["one", "two", "pointwise", "three", "linear", "patch_embedding"]
     model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules=names, rank_pattern={"two": 4}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -38,7 +38,10 @@ def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     if tensors:
-        rows = [[t.name, t.dtype, "×".join(map(str, t.shape)), size(t.nbytes), t.shard] for t in result.tensors]
+        rows = [
+            [t.name, t.stored_dtype, "×".join(map(str, t.shape)), size(t.stored_nbytes), t.shard]
+            for t in result.tensors
+        ]
         print_table(["tensor ", "dtype ", "shape", "size", "file "], rows)
     facts = [
         ("kind", result.kind),

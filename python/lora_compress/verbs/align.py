@@ -30,15 +30,16 @@ def open_pair(base: str | Path, tuned: str | Path) -> tuple[Model, Model, list[s
         {tensor.name: tuple(tensor.shape) for tensor in model.checkpoint.tensors()}
         for model in (base_model, tuned_model)
     )
+    notes = [*base_model.checkpoint.notes, *tuned_model.checkpoint.notes]
     found = renaming(ours, theirs)
     if found is None:
-        return base_model, tuned_model, []
+        return base_model, tuned_model, notes
     (theirs_begin, ours_begin), names = found
     warning = (
         f"tensors of `{tuned_model.path}` are taken by the base's names: `{ours_begin}…` for `{theirs_begin}…` "
         f"({len(names)} tensors)"
     )
-    return base_model, replace(tuned_model, checkpoint=tuned_model.checkpoint.renamed(names)), [warning]
+    return base_model, replace(tuned_model, checkpoint=tuned_model.checkpoint.renamed(names)), [*notes, warning]
 
 
 def renaming(base: Shapes, tuned: Shapes) -> tuple[tuple[str, str], dict[str, str]] | None:
@@ -62,12 +63,24 @@ def renaming(base: Shapes, tuned: Shapes) -> tuple[tuple[str, str], dict[str, st
         return None
     # The most votes; of equal ones the shortest, which says least.
     begins = min(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1]), pair))
+    if not _is_wrapping(*begins):
+        return None
     names = {}
     for name in strangers:
         new = begins[1] + name.removeprefix(begins[0])
         if name.startswith(begins[0]) and new in lacking:
             names[name] = new
-    return (begins, names) if len(names) >= ENOUGH * min(len(lacking), len(strangers)) else None
+    is_enough = len(names) >= ENOUGH * min(len(lacking), len(strangers))
+    # Models that share more names than this are named alike: what differs then are other tensors.
+    return (begins, names) if is_enough and len(names) > len(base) - len(lacking) else None
+
+
+def _is_wrapping(one: str, other: str) -> bool:
+    """Whether one beginning is the other with modules around it: not another layer, and not another tower."""
+    shorter, longer = sorted((one.split("."), other.split(".")), key=len)
+    left = iter(longer)
+    inserted = Counter(longer) - Counter(shorter)
+    return all(part in left for part in shorter) and not any(part.isdecimal() for part in inserted)
 
 
 def _ending(name: str) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def best_tasks(
     # The built-in pair first: where two are equal, it is kept.
     methods = sorted(plugins.load().decompositions, key=lambda method: (method.name != PAIR, method.name))
     for method in methods:
-        job = partial(decompose, changes, storing, {}, seed=seed, tolerance=tolerance, workspace=Workspace())
+        job = partial(decompose, changes, storing, seed=seed, tolerance=tolerance, workspace=Workspace())
         found = []
         try:
             work = tasks(changes, method, ranks, None, as_factors=storing.as_factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 from lora_compress._native import check_finite, energies, same_bytes
 from lora_compress.adapter import Format, stores_factors
-from lora_compress.errors import PlanError, TensorError
+from lora_compress.errors import PlanError, SelectionError, TensorError
 from lora_compress.model import FLOATS, HEAD, WEIGHT, Model, last_component
 from lora_compress.verbs.account import TensorAccount
 from lora_compress.verbs.align import open_pair
 from lora_compress.verbs.parallel import ordered_map
 from lora_compress.verbs.progress import Progress
 from lora_compress.verbs.selection import Pair, Selection, Treatment, matching, refuse, select
+from lora_compress.verbs.stacks import whole
 
 DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 
@@ -122,7 +124,9 @@ def find_changes(base: str | Path, tuned: str | Path, target: Format, options: O
     pairs, warnings = _assign(base_model, target, pairs)
     low_rank = {pair.name for pair in pairs if pair.treatment is Treatment.LOW_RANK}
     # A format of factors has no names of its own for the head: merging changes the one matrix.
-    tied = base_model.tied_embedding() if options.tied_head and not stores_factors(target) else None
+    copied = base_model.copied_head if HEAD + WEIGHT in selection.tied_copies else None
+    shared = copied[1] if copied else base_model.tied_embedding()
+    tied = shared if options.tied_head and not stores_factors(target) else None
     if any(name.endswith(HEAD + WEIGHT) for name in selection.missing):
         tied = None  # Tuned has a head of its own: the embedding's factors are not the head's.
     return Changes(
@@ -225,14 +229,21 @@ def _assign(base: Model, target: Format, pairs: Sequence[Pair]) -> tuple[list[Pa
     carried = target.carries(base, candidates)
     assigned, warnings = [], []
     for pair in pairs:
-        if pair.treatment is Treatment.LOW_RANK and pair.name not in carried:
-            pair = replace(pair, treatment=Treatment.EXACT)
-            warnings.append(f"`{pair.name}` is stored whole: the format `{target.name}` has no name for its factors")
-        elif pair.treatment is Treatment.EXACT and len(pair.base.shape) > 2:
-            warnings.append(f"`{pair.name}` is stored whole: it is neither a convolution nor a stack of experts")
-        elif pair.treatment is Treatment.LOW_RANK and pair.matrix[0] < pair.rows:
+        if pair.treatment is Treatment.LOW_RANK and pair.matrix[0] < pair.rows:
+            if pair.name not in carried or stores_factors(target):
+                raise SelectionError(
+                    f"tuned has {pair.rows - pair.matrix[0]} rows fewer in `{pair.name}`, which the format "
+                    f"`{target.name}` cannot carry: --exclude '^{re.escape(pair.name)}$' leaves it out"
+                )
             warnings.append(
                 f"tuned has {pair.rows - pair.matrix[0]} rows fewer in `{pair.name}`: these keep the base's values"
             )
+        if pair.treatment is Treatment.LOW_RANK and pair.name not in carried:
+            pair = replace(pair, treatment=Treatment.EXACT)
+            # Once for all experts of a tensor.
+            name = whole(pair.name)
+            warnings.append(f"`{name}` is stored whole: the format `{target.name}` has no name for its factors")
+        elif pair.treatment is Treatment.EXACT and len(pair.base.shape) > 2:
+            warnings.append(f"`{pair.name}` is stored whole: it is neither a convolution nor a stack of experts")
         assigned.append(pair)
-    return assigned, warnings
+    return assigned, list(dict.fromkeys(warnings))

@@ -15,8 +15,8 @@ from typing import Any
 
 from lora_compress._native import Checkpoint, first_match
 from lora_compress.errors import AdapterError
-from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS
-from lora_compress.formats.peft.read import FACTOR
+from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS, targeted, wrapped_owner, wrapped_parameter
+from lora_compress.formats.peft.read import FACTOR, weights_of
 from lora_compress.hub import resolve
 from lora_compress.model import HEAD, Model, is_embedding, last_component, read_json
 from lora_compress.ranks.choice import VLLM
@@ -78,6 +78,7 @@ class Facts:
     embeddings: tuple[str, ...]
     whole: tuple[str, ...]
     has_side_file: bool
+    is_pickled: bool
 
 
 def check(adapter: str | Path, consumer: str) -> CheckResult:
@@ -99,32 +100,50 @@ def _facts(path: Path) -> Facts:
         raise AdapterError(f"`{path}` is no directory of PEFT's: `convert --to peft` makes one of a file of kohya's")
     if (path / "adapter_factors.json").is_file():
         raise AdapterError(f"`{path}` stores factors, which no server reads: `combine` makes pairs of them")
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise AdapterError(f"`{path}` is no adapter of PEFT's: it has no `{CONFIG}` or no `{WEIGHTS}`")
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"`{path}` is no adapter of PEFT's: it has no `{CONFIG}`")
     config = read_json(path / CONFIG)
     ranks: dict[str, int] = {}
     embeddings, whole = [], []
-    for tensor in Checkpoint(path / WEIGHTS).tensors():
+    weights = weights_of(path)
+    for tensor in Checkpoint(weights).tensors():
         name = tensor.name.removeprefix(PREFIX)
         match = FACTOR.fullmatch(name)
         if match is None:
             whole.append(name)
         elif match["side"] == "A" and tensor.shape:
-            ranks[match["module"]] = tensor.shape[0]
+            key, rank = _of_experts(config, match["module"], tensor.shape[0])
+            ranks[key] = rank
             if match["embedding"] or is_embedding(match["module"] + ".weight"):
                 embeddings.append(match["module"])
     scales = {module: _scale(path, config, module, rank) for module, rank in ranks.items()}
     side_file = (path / FOLDER / EXACT).is_file()
-    return Facts(config, ranks, scales, tuple(embeddings), tuple(whole), side_file)
+    return Facts(config, ranks, scales, tuple(embeddings), tuple(whole), side_file, weights.name != WEIGHTS)
+
+
+def _of_experts(config: Mapping[str, Any], module: str, rows: int) -> tuple[str, int]:
+    """By what the patterns know a module's factors, and their rank: of a parameter its own path, and of stacked experts
+    the rows of A by expert, whose number only the base tells.
+    """
+    owner, depth = wrapped_owner(module)
+    parameter = wrapped_parameter(targeted(owner, config.get("target_parameters") or ()), depth)
+    if parameter is None:
+        return module, rows
+    rank = _pattern(config, "rank_pattern", "r", parameter)
+    return parameter, rank if isinstance(rank, int) and rank > 0 and rows % rank == 0 else rows
+
+
+def _pattern(config: Mapping[str, Any], pattern: str, default: str, module: str) -> Any:
+    """The value of the first pattern that matches."""
+    patterns = config.get(pattern) or {}
+    index = first_match(list(patterns), module)
+    return config.get(default, 8) if index is None else list(patterns.values())[index]
 
 
 def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """The scale that PEFT gives a module."""
-    pattern = config.get("alpha_pattern") or {}
-    alpha = config.get("lora_alpha", 8)
     try:
-        index = first_match(list(pattern), module)
-        alpha = float(alpha if index is None else list(pattern.values())[index])
+        alpha = float(_pattern(config, "alpha_pattern", "lora_alpha", module))
     except (TypeError, ValueError) as error:
         raise AdapterError(f"`{path / CONFIG}`: lora_alpha or alpha_pattern is malformed: {error}") from error
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -151,6 +170,8 @@ def _not_plain(facts: Facts) -> Iterator[Finding]:
         yield Finding("refused", "factors of parameters (target_parameters) are not supported")
     if facts.whole or facts.config.get("modules_to_save"):
         yield Finding("refused", "whole weights (modules_to_save) are not supported", facts.whole)
+    if facts.is_pickled:
+        yield Finding("note", "the weights are a pickle, which not every server loads")
     if facts.has_side_file:
         yield Finding("note", f"`{FOLDER}/{EXACT}` (norms, biases, new rows) is ignored; `merge` would apply it")
 
@@ -166,13 +187,9 @@ def _peft(facts: Facts) -> Iterator[Finding]:
 
 
 def _ranks_not_in_config(facts: Facts) -> tuple[str, ...]:
-    pattern = facts.config.get("rank_pattern") or {}
-    wrong = []
-    for module, rank in facts.ranks.items():
-        index = first_match(list(pattern), module)
-        if rank != (facts.config.get("r", 8) if index is None else list(pattern.values())[index]):
-            wrong.append(module)
-    return tuple(wrong)
+    return tuple(
+        module for module, rank in facts.ranks.items() if rank != _pattern(facts.config, "rank_pattern", "r", module)
+    )
 
 
 def _vllm(facts: Facts) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from lora_compress import plugins
 from lora_compress._native import Delta, Workspace, round_to
 from lora_compress.adapter import GroupFactors
 from lora_compress.decompositions.interface import Decomposition
-from lora_compress.errors import PlanError, TensorError
+from lora_compress.errors import TensorError
 from lora_compress.model import last_component
 from lora_compress.verbs.account import TensorAccount
 from lora_compress.verbs.changes import Changes, account_of
@@ -103,7 +103,6 @@ class Deltas(Sequence[Delta]):
 def decompose(
     changes: Changes,
     storing: Storing,
-    planned_energies: Mapping[str, float | None],
     task: Task,
     *,
     seed: int,
@@ -116,9 +115,6 @@ def decompose(
         return Decomposed(list(accounts.values()), {})
     deltas = Deltas.of(changes, task.pairs, workspace)
     for delta in deltas:
-        planned = planned_energies.get(delta.name)
-        if planned is not None and abs(planned - delta.energy) > 1e-9 * delta.energy:
-            raise PlanError(f"`{delta.name}` has changed since it was planned: plan again")
         accounts[delta.name] = replace(
             accounts[delta.name],
             delta_energy=delta.energy,

@@ -31,7 +31,7 @@ from lora_compress.verbs.changes import Changes, Options, find_changes, nothing_
 from lora_compress.verbs.companions import copy_tokenizer
 from lora_compress.verbs.decompose import Decomposed, Storing, decompose, empty, padded
 from lora_compress.verbs.parallel import ordered_map
-from lora_compress.verbs.plan import check_made_for, plan_changes
+from lora_compress.verbs.plan import check_energies, check_made_for, plan_changes
 from lora_compress.verbs.progress import Progress, Silent
 from lora_compress.verbs.selection import Treatment
 from lora_compress.verbs.stacks import spread_ranks
@@ -211,7 +211,7 @@ def extract(
         embeddings=changes.embeddings,
     )
     energies = {tensor.name: tensor.delta_energy for tensor in plan.low_rank} if plan is not None else {}
-    job = partial(decompose, changes, storing, energies, seed=options.seed, tolerance=tolerance, workspace=Workspace())
+    job = partial(decompose, changes, storing, seed=options.seed, tolerance=tolerance, workspace=Workspace())
     with output.new_directory(out, force=force, inputs=(Path(base), Path(tuned))) as partial_out:
         with plugins.blame(host.formats.origin(target.name), "failed to begin an adapter"):
             writer = target.writer(partial_out, adapter_plan)
@@ -224,6 +224,7 @@ def extract(
                 sizes = _write(writer, done)
             accounts += [replace(each, nbytes=each.nbytes + sizes.get(each.name, 0)) for each in done.accounts]
             progress.advance(task.nbytes, 1, task.name)
+        check_energies(energies, accounts)
         accounts += _pad_unchanged(writer, changes, pads)
         accounts.sort(key=lambda account: account.name)
         if not any(account.nbytes for account in accounts):
@@ -255,7 +256,7 @@ def extract(
         side_file.write_manifest(partial_out, manifest)
         writer.finish(manifest)
         adapter_bytes = sum(path.stat().st_size for path in partial_out.rglob("*.safetensors"))
-    tuned_bytes = sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors())
+    tuned_bytes = sum(tensor.stored_nbytes for tensor in changes.tuned.checkpoint.tensors())
     return ExtractResult(
         out,
         choice,

@@ -37,14 +37,14 @@ class InspectResult:
     @property
     def nbytes(self) -> int:
         """Bytes over all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.stored_nbytes for tensor in self.tensors)
 
     @property
     def dtypes(self) -> dict[str, int]:
         """Bytes by dtype, largest first."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
-            counts[tensor.stored_dtype] += tensor.nbytes
+            counts[tensor.stored_dtype] += tensor.stored_nbytes
         return dict(counts.most_common())
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class InspectResult:
             "tied_embedding": self.tied_embedding,
             "config": self.config,
             "tensors": [
-                {"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes, "file": t.shard}
+                {"name": t.name, "dtype": t.stored_dtype, "shape": t.shape, "bytes": t.stored_nbytes, "file": t.shard}
                 for t in self.tensors
             ],
         }

@@ -142,7 +142,7 @@ def merge(
     parts = [read_adapter(path, model) for path in adapters]
     if not any_base:
         check_made_for(model, parts)
-    updates = combine(parts, weights)
+    updates, followed = _with_copied_head(model, combine(parts, weights))
     kept: Patch | None = None
     stochastic = seed if rounding == STOCHASTIC else None
     report = progress or Silent()
@@ -177,11 +177,30 @@ def merge(
                 base_patch.finish(kept, folder, model)
     nbytes = out.stat().st_size if as_file else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     lost, gain, said = _arrived(merged)
-    warnings = [*(warning for part in parts for warning in part.warnings), *skipped, *said]
+    notes = [*model.checkpoint.notes, *followed, *_widened(model, dtype)]
+    warnings = [*notes, *(warning for part in parts for warning in part.warnings), *skipped, *said]
     changed = len({whole(name) for name in updates})
     copied = len(names(model.checkpoint)) - changed
     seconds = time.perf_counter() - started
     return MergeResult(out, changed, copied, nbytes, lost, gain, len(shards), resumed, seconds, tuple(warnings))
+
+
+def _with_copied_head(base: Model, updates: dict[str, Update]) -> tuple[dict[str, Update], list[str]]:
+    """A head that is stored as the embedding's matrix once more follows it, or merging would untie the two."""
+    head, embedding = base.copied_head or ("", "")
+    if embedding not in updates or head in updates:
+        return updates, []
+    return updates | {head: updates[embedding]}, [f"`{head}` is `{embedding}` once more, and gets its update too"]
+
+
+def _widened(base: Model, dtype: str | None) -> list[str]:
+    """A warning of eight-bit weights that merging rounds."""
+    count = sum(tensor.dtype == "F32" != tensor.stored_dtype for tensor in base.checkpoint.tensors())
+    if not count or dtype in {"F32", "F64"}:
+        return []
+    return [
+        f"{count} weights of eight bits are written as {dtype or 'BF16'}, each rounded once more (--dtype F32 is exact)"
+    ]
 
 
 def _missing_too(

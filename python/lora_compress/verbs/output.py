@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_compress.errors import OutputExistsError
+from lora_compress.hub import local
 from lora_compress.verbs.partial import PartialDirectory, is_filled, partial_directory, remove_dead_ones, stands_alone
 
 
@@ -93,7 +94,7 @@ def check(out: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Raise `OutputExistsError` unless `out` may be written; called before any work."""
     resolved = out.resolve()
     for path in inputs:
-        source, named = path.resolve(), path.absolute()
+        source, named = local(path).resolve(), path.absolute()
         if source == resolved or resolved in {*source.parents, *named.parents}:
             raise OutputExistsError(f"the output `{out}` would replace the input `{path}`")
         if out.exists() and source == resolved.parent:

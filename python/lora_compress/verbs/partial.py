@@ -86,8 +86,16 @@ class PartialDirectory:
     def fill(self) -> None:
         """Make the directory that becomes the output, if it is not there."""
         self.made.mkdir(exist_ok=True)
-        if os.path.lexists(self.replaced) and not os.path.lexists(self.out):
-            # Its process was killed between two renames.
+        if not os.path.lexists(self.replaced):
+            return
+        if os.path.lexists(self.out):
+            # Its process was killed after both renames: what was replaced is not wanted back.
+            if self.replaced.is_dir() and not self.replaced.is_symlink():
+                shutil.rmtree(self.replaced)
+            else:
+                self.replaced.unlink()
+        else:
+            # Between them.
             self.replaced.rename(self.out)
 
     def release(self) -> None:

@@ -103,7 +103,7 @@ def plan_changes(
             options.to_json(),
             choice,
             _tensors(changes, measured, options),
-            sum(tensor.nbytes for tensor in changes.tuned.checkpoint.tensors()),
+            sum(tensor.stored_nbytes for tensor in changes.tuned.checkpoint.tensors()),
             time.perf_counter() - started,
             changes.warnings,
         ).choose(choice)
@@ -144,6 +144,16 @@ def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
             f"the rank of `{plan.unsettled[0]}` depends on singular values that the plan does not have: plan again "
             "from the models with this choice"
         )
+
+
+def check_energies(planned: Mapping[str, float | None], found: Sequence[TensorAccount]) -> None:
+    """Raise `PlanError` where ‖ΔW‖² of a tensor, or of the experts of a stack together, is not what was planned: values
+    that changed can escape a fingerprint.
+    """
+    for account in join_accounts(found):
+        energy = planned.get(account.name)
+        if energy is not None and abs(energy - (account.delta_energy or 0.0)) > 1e-9 * energy:
+            raise PlanError(f"`{account.name}` has changed since it was planned: plan again")
 
 
 Measured = dict[str, tuple[TensorAccount, Spectrum | None]]

@@ -176,8 +176,8 @@ def _is_tied_copy(name: str, base: Model, tuned: Model) -> bool:
         return False
     holder, other = (base, tuned) if name in base.checkpoint else (tuned, base)
     if holder is base:
-        # Merging would leave the base's stored head behind: its change has to be carried, so it is no mere copy.
-        return False
+        # Where it is the embedding once more, merging changes both; else its change has to be carried.
+        return base.copied_head is not None and tuned.tied_embedding() is not None
     embedding = other.tied_embedding()
     if embedding is None or embedding not in holder.checkpoint:
         return False

@@ -139,7 +139,7 @@ def verify(
     both = [name for name in ours if name in theirs]
     equal = {name for name in both if _is_equal(base_model, tuned_model, parts, name)}
     checkable = [name for name in both if name not in equal and _is_comparable(base_model, tuned_model, parts, name)]
-    unchecked = sorted((set(ours) | theirs) - set(checkable) - equal)
+    unchecked = sorted((set(ours) | theirs) - set(checkable) - equal - _copied_heads(base_model, tuned_model))
     if not checkable and not equal:
         raise SelectionError(f"`{base}` and `{tuned}` have no tensor in common that could be compared")
     lost = [name for name in unchecked if promised.get(name, {}).get("treatment") in {"low-rank", "exact"}]
@@ -164,6 +164,14 @@ def verify(
         )
     seconds = time.perf_counter() - started
     return VerifyResult(tuple(checks), tuple(unchecked), bool(promised), seconds, tuple(warnings))
+
+
+def _copied_heads(base: Model, tuned: Model) -> set[str]:
+    """The head that one side stores as its embedding once more and the other does not store."""
+    sides = ((base, tuned), (tuned, base))
+    return {
+        one.copied_head[0] for one, other in sides if one.copied_head is not None and other.tied_embedding() is not None
+    }
 
 
 def _matrices(model: Model) -> list[str]:

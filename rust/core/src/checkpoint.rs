@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use crate::directory;
 use crate::dtype::Dtype;
@@ -19,7 +19,7 @@ use crate::header::{TensorInfo, byte_count};
 use crate::scaled::{self, Grid};
 use crate::shard::Opened;
 pub use crate::shard::Shard;
-use crate::torch::Strided;
+use crate::torch::{Gathered, Strided};
 
 /// A tensor as it is stored, and what has to be done to read it.
 #[derive(Debug, Clone)]
@@ -32,8 +32,8 @@ struct Entry {
 #[derive(Debug, Clone)]
 enum Layout {
     Plain,
-    /// Gathered when first read, and kept: such tensors are rare.
-    Strided(Strided, Arc<OnceLock<Vec<u8>>>),
+    /// Gathered, and kept until another one is.
+    Strided(Strided),
     /// Eight bits times scales, read as F32.
     Scaled(Grid, Arc<Entry>),
     /// Eight bits alone, read as BF16.
@@ -46,6 +46,7 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    gathered: Arc<Gathered>,
 }
 
 /// What a name stands for.
@@ -82,14 +83,23 @@ impl Checkpoint {
                     };
                     return Err(Error::Index { path: index.into(), fault });
                 }
-                let layout = strided.map_or(Layout::Plain, |strided| Layout::Strided(strided, Arc::default()));
+                let layout = strided.map_or(Layout::Plain, Layout::Strided);
                 tensors.insert(name, Entry { shard: number, stored, layout });
             }
             shards.push(shard);
         }
-        let mut checkpoint = Self { path: path.to_path_buf(), shards, tensors };
+        let mut checkpoint = Self { path: path.to_path_buf(), shards, tensors, gathered: Arc::default() };
+        checkpoint.refuse_ambiguity()?;
         checkpoint.join_scales()?;
         Ok(checkpoint)
+    }
+
+    /// Refuses names that would mean a tensor and the matrix of a stack.
+    fn refuse_ambiguity(&self) -> Result<()> {
+        match self.tensors.keys().find(|name| self.matrix(name).is_some()) {
+            Some(name) => Err(Error::Renamed { path: self.path.clone(), name: name.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Gives eight-bit weights their scales, which are no tensors of their own from here on.
@@ -99,6 +109,9 @@ impl Checkpoint {
         for (name, entry) in &self.tensors {
             if !scaled::is_fp8(entry.stored.dtype) || !matches!(entry.layout, Layout::Plain) {
                 continue;
+            }
+            if scaled::weights_of(name).iter().any(|weight| self.tensors.contains_key(weight)) {
+                continue; // Scales of another weight: with four bits, they have eight themselves.
             }
             let scale = scaled::scale_names(name).into_iter().find_map(|scale| self.tensors.get_key_value(&scale));
             let Some((scale, found)) = scale else {
@@ -146,7 +159,7 @@ impl Checkpoint {
         for shard in &mut shards {
             shard.names.iter_mut().for_each(|name| *name = new(name));
         }
-        Ok(Self { path: self.path.clone(), shards, tensors })
+        Ok(Self { path: self.path.clone(), shards, tensors, gathered: Arc::default() })
     }
 
     /// The path this checkpoint was opened from.
@@ -217,16 +230,12 @@ impl Checkpoint {
         let entry = found.entry;
         match &entry.layout {
             Layout::Plain => self.read_stored(entry, name, begin, out),
-            Layout::Strided(strided, gathered) => {
-                let gathered = match gathered.get() {
-                    Some(gathered) => gathered,
-                    None => {
-                        let mut spanned = vec![0u8; strided.span as usize];
-                        self.read_stored(entry, name, 0, &mut spanned)?;
-                        let size = entry.stored.dtype.bits() as usize / 8;
-                        gathered.get_or_init(|| strided.gather(&entry.stored.shape, size, &spanned))
-                    }
-                };
+            Layout::Strided(strided) => {
+                let gathered = self.gathered.get((entry.shard, entry.stored.clone(), strided.clone()), || {
+                    let mut spanned = vec![0u8; strided.span as usize];
+                    self.read_stored(entry, name, 0, &mut spanned)?;
+                    Ok(strided.gather(&entry.stored.shape, entry.stored.dtype.bits() as usize / 8, &spanned))
+                })?;
                 let held = gathered.get(begin as usize..begin as usize + out.len());
                 out.copy_from_slice(held.unwrap_or(&vec![0; out.len()]));
                 Ok(())

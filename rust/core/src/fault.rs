@@ -135,6 +135,9 @@ pub enum TorchFault {
         /// Key of another.
         second: String,
     },
+    /// Tensors beside tensors, but one level down.
+    #[error("`{0}` holds tensors of its own beside those of the state dict: save the dictionary that is meant alone")]
+    Nested(String),
     /// The same tensor name twice.
     #[error("tensor `{0}` appears twice")]
     Duplicate(String),

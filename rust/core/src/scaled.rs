@@ -29,6 +29,14 @@ pub(crate) fn scale_names(weight: &str) -> Vec<String> {
     names
 }
 
+/// Weights whose scales a tensor of this name would be.
+pub(crate) fn weights_of(scale: &str) -> Vec<String> {
+    let suffixes = [("_scale_inv", ""), ("_scale", ""), (".scale_weight", ".weight")];
+    let weight =
+        |(suffix, instead): (&str, &str)| scale.strip_suffix(suffix).map(|weight| format!("{weight}{instead}"));
+    suffixes.into_iter().filter_map(weight).collect()
+}
+
 /// Whether a dtype is one of the two that weights are stored in.
 pub(crate) fn is_fp8(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2)

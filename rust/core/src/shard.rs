@@ -18,6 +18,7 @@ pub struct Shard {
     /// Names in file order, so that streaming a shard reads it front to back.
     pub(crate) names: Vec<String>,
     metadata: BTreeMap<String, String>,
+    note: Option<String>,
     is_safetensors: bool,
 }
 
@@ -43,6 +44,12 @@ impl Shard {
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// What a user has to know of a file that holds more than weights.
+    #[must_use]
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 
     pub(crate) fn file_name(&self) -> String {
@@ -88,17 +95,21 @@ impl Shard {
         let named_safetensors = path.extension().is_some_and(|extension| extension == "safetensors");
         let fault = |fault| Error::Torch { path: path.to_path_buf(), fault };
         let is_torch = !named_safetensors && torch::is_archive(&prefix);
-        let (tensors, metadata) = if is_torch {
-            let torch::Contents { tensors, metadata } = torch::open(Positioned(&file), len).map_err(fault)?;
-            (tensors, metadata)
+        let (tensors, metadata, note) = if is_torch {
+            let torch::Contents { tensors, note } = torch::open(Positioned(&file), len).map_err(fault)?;
+            // What transformers wants to see in a safetensors file of PyTorch's tensors.
+            (tensors, BTreeMap::from([("format".to_owned(), "pt".to_owned())]), note)
         } else if !named_safetensors && torch::is_bare_pickle(&prefix) {
             return Err(fault(TorchFault::BarePickle));
         } else {
             let Header { tensors, metadata } = read_header(path, &file, &prefix, len)?;
-            (tensors.into_iter().map(|(name, info)| (name, info, None)).collect(), metadata)
+            (tensors.into_iter().map(|(name, info)| (name, info, None)).collect(), metadata, None)
         };
         let names = tensors.iter().map(|(name, ..)| name.clone()).collect();
-        Ok((Self { path: path.into(), file: Arc::new(file), names, metadata, is_safetensors: !is_torch }, tensors))
+        Ok((
+            Self { path: path.into(), file: Arc::new(file), names, metadata, note, is_safetensors: !is_torch },
+            tensors,
+        ))
     }
 }
 

@@ -30,8 +30,10 @@ pub struct TensorInfo {
     stored_dtype: String,
     /// Row-major shape.
     shape: Vec<usize>,
-    /// Length in bytes.
+    /// Length in bytes, as it is read.
     nbytes: u64,
+    /// Length in bytes in the file.
+    stored_nbytes: u64,
     /// File name of its shard.
     shard: String,
 }
@@ -111,6 +113,13 @@ impl Checkpoint {
         self.inner.is_stored_as_read()
     }
 
+    /// What a user has to know of files that hold more than weights.
+    #[getter]
+    fn notes(&self) -> Vec<String> {
+        let note = |shard: &core::Shard| shard.note().map(|note| format!("`{}`: {note}", shard.path().display()));
+        self.inner.shards().iter().filter_map(note).collect()
+    }
+
     /// All tensors, sorted by name.
     fn tensors(&self) -> PyResult<Vec<TensorInfo>> {
         self.inner.tensors().map(|(name, _)| self.info(name)).collect()
@@ -126,6 +135,7 @@ impl Checkpoint {
             stored_dtype: info.stored.to_string(),
             shape: info.shape,
             nbytes: info.nbytes,
+            stored_nbytes: info.nbytes / info.dtype.bits().max(1) * info.stored.bits(),
             shard: shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),
         })
     }

@@ -18,7 +18,7 @@ for each, in the order in which they were registered: the keys of all but the la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lora_compress.model import (
@@ -85,14 +85,14 @@ class Layout:
         if module is None:
             return self._parameter_place(stack[0] if stack else tensor, is_stack=stack is not None)
         path = self._base.path_of(tensor).removesuffix(WEIGHT)
-        if tensor in self._embeddings or is_embedding(tensor):
-            return embedding_place(path)
-        if last_component(tensor) in ROUTERS and _owner(module) in self._mixtures:
-            return replace(linear_place(path), target=path + WEIGHT, is_parameter=True)
         shape = self._base.checkpoint.info(tensor).shape
         if is_convolution(tensor, shape):
             # A kernel with one input channel for many outputs is cut into groups, which PEFT's factors are not.
             return None if shape[1] == 1 < shape[0] else linear_place(path, kernel=tuple(shape[2:]))
+        if tensor in self._embeddings or is_embedding(tensor):
+            return embedding_place(path)
+        if last_component(tensor) in ROUTERS and _owner(module) in self._mixtures:
+            return replace(linear_place(path), target=path + WEIGHT, is_parameter=True)
         return linear_place(path, transposed=self._base.is_conv1d(tensor))
 
     def _parameter_place(self, name: str, *, is_stack: bool) -> Place | None:
@@ -123,6 +123,30 @@ def nesting(parameters: Collection[str]) -> list[str] | None:
     if None in ranks.values() or len(set(ranks.values())) != len(ranks):
         return None
     return sorted(parameters, key=lambda name: ranks[name] or 0)
+
+
+def wrapped_owner(module: str) -> tuple[str, int]:
+    """The module that a key's path belongs to, and how often it was wrapped after these factors."""
+    owner, depth = module, 0
+    while owner.endswith(BASE_LAYER):
+        owner, depth = owner.removesuffix(BASE_LAYER), depth + 1
+    return owner, depth
+
+
+def targeted(module: str, parameters: Iterable[object]) -> list[str]:
+    """Paths of the parameters of a module that `target_parameters` names, whole or by their ends."""
+    found = set()
+    for parameter in parameters:
+        owner, _, last = str(parameter).rpartition(".")
+        if module == owner or module.endswith("." + owner):
+            found.add(f"{module}.{last}")
+    return sorted(found)
+
+
+def wrapped_parameter(parameters: Collection[str], depth: int) -> str | None:
+    """Which of the parameters of a module was wrapped `depth` before the last; None where that cannot be told."""
+    order = nesting(parameters)
+    return order[len(order) - 1 - depth] if order is not None and depth < len(order) else None
 
 
 def linear_place(module: str, *, transposed: bool = False, kernel: tuple[int, ...] = ()) -> Place:

@@ -16,7 +16,15 @@ from typing import Any
 from lora_compress._native import Checkpoint, LowRank, first_match, same_bytes
 from lora_compress.adapter import Adapter, Stored
 from lora_compress.errors import AdapterError, LoraCompressError
-from lora_compress.formats.peft.layout import BASE_LAYER, CONFIG, PICKLED_WEIGHTS, PREFIX, WEIGHTS, nesting
+from lora_compress.formats.peft.layout import (
+    CONFIG,
+    PICKLED_WEIGHTS,
+    PREFIX,
+    WEIGHTS,
+    targeted,
+    wrapped_owner,
+    wrapped_parameter,
+)
 from lora_compress.model import HEAD, WEIGHT, Model, is_stack, matrices, read_json
 
 FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
@@ -113,21 +121,17 @@ class _Reader:
 
     def _target(self, module: str, pair: Mapping[str, str]) -> str | None:
         """The base's tensor that a module's factors belong to; None for a tied head."""
-        owner = module
-        while owner.endswith(BASE_LAYER):
-            owner = owner.removesuffix(BASE_LAYER)
+        owner, depth = wrapped_owner(module)
         parameters = self._parameters(owner)
         if not parameters and self._own_name(module + WEIGHT) in self.base.checkpoint:
             return self._own_name(module + WEIGHT)
         if parameters:
-            # PEFT wraps a module once for each of its parameters; what was wrapped last has the shortest key.
-            order = nesting(parameters)
-            depth = (len(module) - len(owner)) // len(BASE_LAYER)
-            if order is None or depth >= len(order):
+            found = wrapped_parameter(parameters, depth)
+            if found is None:
                 raise AdapterError(
                     f"`{self.path}`: which parameter of `{owner}` the factors `{pair['A']}` belong to cannot be told"
                 )
-            return order[len(order) - 1 - depth]
+            return found
         if module == HEAD and self.base.tied_embedding() is not None:
             return None
         raise AdapterError(
@@ -137,13 +141,8 @@ class _Reader:
 
     def _parameters(self, module: str) -> list[str]:
         """The parameters of a module that `target_parameters` names."""
-        found = set()
-        for parameter in self.config.get("target_parameters") or ():
-            owner, _, last = str(parameter).rpartition(".")
-            name = self._own_name(f"{module}.{last}")
-            if (module == owner or module.endswith("." + owner)) and name in self.base.checkpoint:
-                found.add(name)
-        return sorted(found)
+        paths = targeted(module, self.config.get("target_parameters") or ())
+        return [name for name in map(self._own_name, paths) if name in self.base.checkpoint]
 
     def _own_name(self, path: str) -> str:
         """The base's name for a path in the model that transformers builds."""

@@ -17,7 +17,7 @@ use crate::torch::names::Global;
 pub(crate) type Result<T> = std::result::Result<T, TorchFault>;
 
 /// Values that a pickle may make or refer to: those of a hundred thousand tensors.
-const MAX_VALUES: usize = 1 << 22;
+const MAX_VALUES: usize = 1 << 21;
 
 pub(crate) type Id = usize;
 /// Keys and values of a dictionary.
@@ -53,6 +53,8 @@ pub(crate) struct Machine<'a> {
     /// Where in the stack each open MARK stands.
     marks: Vec<usize>,
     memo: HashMap<u64, Id>,
+    /// Items in all sequences and dictionaries.
+    items: usize,
 }
 
 impl<'a> Machine<'a> {
@@ -204,6 +206,8 @@ impl<'a> Machine<'a> {
     }
 
     fn extend(&mut self, items: Vec<Id>) -> Result<()> {
+        self.items += items.len();
+        self.within(self.items)?;
         let list = self.top()?;
         match self.arena.get_mut(list) {
             Some(Node::Sequence(held)) => held.extend(items),
@@ -219,6 +223,8 @@ impl<'a> Machine<'a> {
     }
 
     fn set_items(&mut self, items: &[Id]) -> Result<()> {
+        self.items += items.len();
+        self.within(self.items)?;
         let dict = self.top()?;
         match self.arena.get_mut(dict) {
             Some(Node::Dict(held)) if items.len().is_multiple_of(2) => {
@@ -292,15 +298,30 @@ impl<'a> Machine<'a> {
             (Global::Size, &[sizes]) => self.refer(sizes),
             (Global::Parameter, &[data, ..]) => self.refer(data),
             (Global::Opaque, _) => self.push(Node::Other),
-            (Global::Tensor, &[storage, first, shape, strides, ..]) => {
+            (Global::Tensor, &[storage, first, shape, strides, _, _, ref rest @ ..]) if self.is_plain(rest) => {
                 self.tensor(storage, first, shape, strides, None)
             }
-            (Global::TensorOfDtype, &[storage, first, shape, strides, _, _, dtype, ..]) => match self.node(dtype)? {
-                Node::Global(Global::Dtype(dtype)) => self.tensor(storage, first, shape, strides, Some(*dtype)),
-                _ => Err(TorchFault::Malformed("a tensor has no dtype")),
-            },
+            (Global::TensorOfDtype, &[storage, first, shape, strides, _, _, dtype, ref rest @ ..])
+                if self.is_plain(rest) =>
+            {
+                match self.node(dtype)? {
+                    Node::Global(Global::Dtype(dtype)) => self.tensor(storage, first, shape, strides, Some(*dtype)),
+                    _ => Err(TorchFault::Malformed("a tensor has no dtype")),
+                }
+            }
+            (Global::Tensor | Global::TensorOfDtype, [_, _, _, _, ..]) => {
+                Err(TorchFault::Malformed("a tensor is a negated or conjugated view: save it with `.resolve_neg()`"))
+            }
             _ => Err(TorchFault::Malformed("a call has other arguments than PyTorch's")),
         }
+    }
+
+    /// Whether what follows a tensor's usual arguments says nothing more of it.
+    fn is_plain(&self, rest: &[Id]) -> bool {
+        rest.iter().all(|&id| match self.arena.get(id) {
+            Some(Node::Dict(items)) => items.is_empty(),
+            node => matches!(node, Some(Node::Other)),
+        })
     }
 
     fn tensor(&mut self, storage: Id, first: Id, shape: Id, strides: Id, dtype: Option<Dtype>) -> Result<()> {

@@ -3,9 +3,9 @@
 //! The archive is not unpacked: PyTorch stores entries as they are, so a tensor is a place in the file like one of safetensors.
 //! The pickle is read by a machine that runs nothing ([`machine`]).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rawzip::{CompressionMethod, ReaderAt, ZipArchive, ZipArchiveEntryWayfinder, ZipLocator};
 
@@ -43,8 +43,8 @@ pub(crate) struct Strided {
 pub(crate) struct Contents {
     /// In the order of the file.
     pub(crate) tensors: Vec<(String, TensorInfo, Option<Strided>)>,
-    /// What is known beside them.
-    pub(crate) metadata: BTreeMap<String, String>,
+    /// Of what else the file holds, what a user has to know.
+    pub(crate) note: Option<String>,
 }
 
 /// Whether a file begins as a zip archive does.
@@ -91,14 +91,13 @@ pub(crate) fn open(file: impl ReaderAt, len: u64) -> Result<Contents> {
         return Err(TorchFault::Bomb { tensors: total, file: len });
     }
     tensors.sort_by(|left, right| (left.1.offset, &left.0).cmp(&(right.1.offset, &right.0)));
-    let mut metadata = BTreeMap::new();
-    if let Some(key) = pickled.inside {
-        metadata.insert("torch.state_dict".to_owned(), key.to_string());
-    }
-    if pickled.others > 0 {
-        metadata.insert("torch.values_beside_tensors".to_owned(), pickled.others.to_string());
-    }
-    Ok(Contents { tensors, metadata })
+    let note = pickled.inside.filter(|_| !pickled.left_out.is_empty()).map(|inside| {
+        let (shown, more) = pickled.left_out.split_at(pickled.left_out.len().min(3));
+        let names = shown.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+        format!("the weights are those under `{inside}`; tensors under {names}{more} are left out")
+    });
+    Ok(Contents { tensors, note })
 }
 
 /// Where a tensor lies in the file.
@@ -162,6 +161,34 @@ impl Strided {
             }
         }
         out
+    }
+}
+
+/// The view that was gathered last: whoever reads a tensor reads it on, and one is held at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Gathered(Mutex<Option<(View, Arc<Vec<u8>>)>>);
+
+/// Number of the file, and what the view is there: several may begin at one byte.
+type View = (usize, TensorInfo, Strided);
+
+impl Gathered {
+    /// The rows of a view, made if it is another than last time. Threads that want the same one wait for the
+    /// first of them.
+    pub(crate) fn get(
+        &self,
+        view: View,
+        make: impl FnOnce() -> crate::error::Result<Vec<u8>>,
+    ) -> crate::error::Result<Arc<Vec<u8>>> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((held, rows)) = last.as_ref()
+            && *held == view
+        {
+            return Ok(Arc::clone(rows));
+        }
+        *last = None;
+        let rows = Arc::new(make()?);
+        *last = Some((view, Arc::clone(&rows)));
+        Ok(rows)
     }
 }
 
