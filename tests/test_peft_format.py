@@ -271,12 +271,13 @@ def test_other_embeddings_can_be_named(tmp_path: Path, rng: np.random.Generator)
     }
 
 
-def test_a_base_that_stores_the_head_it_ties_is_refused_when_tuned_does_not(
+def test_a_base_that_stores_another_head_is_refused_when_tuned_stores_none(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
+    """Its embedding once more is no other: tests/test_torch_files.py."""
     base, tuned = tied_pair(tmp_path, rng)
     tensors = load(base)
-    save(base, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, {})
+    save(base, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, {})
     # Merging could not change the stored head, and would leave the two apart.
     with pytest.raises(lora_compress.SelectionError, match=r"lacks `lm_head\.weight`"):
         lora_compress.extract(base, tuned, tmp_path / "out", rank=4)

@@ -18,6 +18,7 @@ __all__ = [
     "LowRank",
     "MergedTensor",
     "Patch",
+    "Patterns",
     "Spectrum",
     "TensorError",
     "TensorInfo",
@@ -29,7 +30,6 @@ __all__ = [
     "compare",
     "energies",
     "fingerprint",
-    "first_match",
     "kernel",
     "kernels",
     "measure_kernel",
@@ -246,9 +246,13 @@ class MergedTensor:
     @property
     def got(self) -> float: ...
 
+@final
+class Patterns:
+    def __new__(cls, patterns: Sequence[str]) -> Patterns: ...
+    def first_match(self, name: str) -> int | None: ...
+
 def check_finite(checkpoint: Checkpoint, name: str, first_row: int = 0) -> None: ...
 def fingerprint(checkpoint: Checkpoint) -> str: ...
-def first_match(patterns: Sequence[str], name: str) -> int | None: ...
 def same_bytes(checkpoint: Checkpoint, other: Checkpoint, name: str, other_name: str | None = None) -> bool: ...
 def energies(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float]: ...
 def kernel() -> str: ...

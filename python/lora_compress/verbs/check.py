@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Checkpoint, first_match
+from lora_compress._native import Checkpoint
 from lora_compress.errors import AdapterError
 from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS, targeted, wrapped_owner, wrapped_parameter
+from lora_compress.formats.peft.patterns import ByModule
 from lora_compress.formats.peft.read import FACTOR, weights_of
 from lora_compress.hub import resolve
 from lora_compress.model import HEAD, Model, is_embedding, last_component, read_json
@@ -77,6 +78,8 @@ class Facts:
     scales: Mapping[str, float]
     embeddings: tuple[str, ...]
     whole: tuple[str, ...]
+    # Modules whose tensors have another rank than the configuration says.
+    misfits: tuple[str, ...]
     has_side_file: bool
     is_pickled: bool
 
@@ -103,6 +106,7 @@ def _facts(path: Path) -> Facts:
     if not (path / CONFIG).is_file():
         raise AdapterError(f"`{path}` is no adapter of PEFT's: it has no `{CONFIG}`")
     config = read_json(path / CONFIG)
+    told = ByModule(path / CONFIG, config, "rank_pattern", config.get("r", 8))
     ranks: dict[str, int] = {}
     embeddings, whole = [], []
     weights = weights_of(path)
@@ -112,16 +116,18 @@ def _facts(path: Path) -> Facts:
         if match is None:
             whole.append(name)
         elif match["side"] == "A" and tensor.shape:
-            key, rank = _of_experts(config, match["module"], tensor.shape[0])
+            key, rank = _of_experts(config, told, match["module"], tensor.shape[0])
             ranks[key] = rank
             if match["embedding"] or is_embedding(match["module"] + ".weight"):
                 embeddings.append(match["module"])
-    scales = {module: _scale(path, config, module, rank) for module, rank in ranks.items()}
+    alphas = ByModule(path / CONFIG, config, "alpha_pattern", config.get("lora_alpha", 8))
+    scales = {module: _scale(path, config, alphas[module], rank) for module, rank in ranks.items()}
+    misfits = tuple(module for module, rank in ranks.items() if rank != told[module])
     side_file = (path / FOLDER / EXACT).is_file()
-    return Facts(config, ranks, scales, tuple(embeddings), tuple(whole), side_file, weights.name != WEIGHTS)
+    return Facts(config, ranks, scales, tuple(embeddings), tuple(whole), misfits, side_file, weights.name != WEIGHTS)
 
 
-def _of_experts(config: Mapping[str, Any], module: str, rows: int) -> tuple[str, int]:
+def _of_experts(config: Mapping[str, Any], told: ByModule, module: str, rows: int) -> tuple[str, int]:
     """By what the patterns know a module's factors, and their rank: of a parameter its own path, and of stacked experts
     the rows of A by expert, whose number only the base tells.
     """
@@ -129,24 +135,17 @@ def _of_experts(config: Mapping[str, Any], module: str, rows: int) -> tuple[str,
     parameter = wrapped_parameter(targeted(owner, config.get("target_parameters") or ()), depth)
     if parameter is None:
         return module, rows
-    rank = _pattern(config, "rank_pattern", "r", parameter)
+    rank = told[parameter]
     return parameter, rank if isinstance(rank, int) and rank > 0 and rows % rank == 0 else rows
 
 
-def _pattern(config: Mapping[str, Any], pattern: str, default: str, module: str) -> Any:
-    """The value of the first pattern that matches."""
-    patterns = config.get(pattern) or {}
-    index = first_match(list(patterns), module)
-    return config.get(default, 8) if index is None else list(patterns.values())[index]
-
-
-def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scale that PEFT gives a module."""
+def _scale(path: Path, config: Mapping[str, Any], alpha: Any, rank: int) -> float:
+    """The scale that PEFT gives a module of this alpha."""
     try:
-        alpha = float(_pattern(config, "alpha_pattern", "lora_alpha", module))
+        alpha = float(alpha)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"`{path / CONFIG}`: lora_alpha or alpha_pattern is malformed: {error}") from error
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _global_scale(facts: Facts) -> float:
@@ -177,19 +176,12 @@ def _not_plain(facts: Facts) -> Iterator[Finding]:
 
 
 def _peft(facts: Facts) -> Iterator[Finding]:
-    wrong = _ranks_not_in_config(facts)
-    if wrong:
-        yield Finding("refused", "tensors have another rank than `r` and rank_pattern say", wrong)
+    if facts.misfits:
+        yield Finding("refused", "tensors have another rank than `r` and rank_pattern say", facts.misfits)
     if facts.embeddings and HEAD in facts.ranks:
         yield Finding("note", "on a tied model, PEFT's merge_and_unload applies the head's factors twice (peft#2777)")
     if facts.has_side_file:
         yield Finding("note", f"`{FOLDER}/{EXACT}` (norms, biases, new rows) is ignored; `merge` would apply it")
-
-
-def _ranks_not_in_config(facts: Facts) -> tuple[str, ...]:
-    return tuple(
-        module for module, rank in facts.ranks.items() if rank != _pattern(facts.config, "rank_pattern", "r", module)
-    )
 
 
 def _vllm(facts: Facts) -> Iterator[Finding]:

@@ -48,7 +48,7 @@ pub fn pickle(data: &[u8]) {
 pub fn pattern(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let (pattern, name) = text.split_once('\n').unwrap_or((&text, "model.layers.0.self_attn.q_proj"));
-    let _ = crate::first_match(&[pattern], name);
+    let _ = crate::Patterns::new(&[pattern]).map(|patterns| patterns.first_match(name));
 }
 
 #[cfg(test)]

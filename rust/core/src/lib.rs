@@ -74,7 +74,7 @@ pub use matrix::Matrix;
 pub use memory::Workspace;
 pub use merge::{MergedShard, MergedTensor, Updates, merge_shard, unknown_tensors};
 pub use patch::{Patch, unmerge_shard};
-pub use pattern::first_match;
+pub use pattern::Patterns;
 pub use rank::{Allocation, Candidate, Goal, Rule, Spectrum, Step};
 pub use rounding::{Applied, Rounding, Storing};
 pub use same::same_bytes;

@@ -58,15 +58,6 @@ pub fn check_finite(py: Python<'_>, checkpoint: &Checkpoint, name: &str, first_r
     gate::run(py, || core::check_finite(&checkpoint.inner, name, first_row))
 }
 
-/// Index of the first of PEFT's module patterns that matches the end of `name`, or None. Linear in the length of both.
-///
-/// Raises `LoraCompressError` for a pattern that is no regular expression or could not be matched in linear time.
-#[pyfunction]
-pub fn first_match(patterns: Vec<String>, name: &str) -> PyResult<Option<usize>> {
-    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
-    core::first_match(&patterns, name).map_err(crate::error::to_python)
-}
-
 #[pymethods]
 impl TensorInfo {
     fn __repr__(&self) -> String {

@@ -12,6 +12,7 @@ mod gate;
 mod kernel;
 mod merge;
 mod patch;
+mod pattern;
 mod rank;
 mod writer;
 
@@ -35,9 +36,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<merge::Comparison>()?;
     module.add_class::<merge::MergedTensor>()?;
     module.add_class::<patch::Patch>()?;
+    module.add_class::<pattern::Patterns>()?;
     module.add_function(wrap_pyfunction!(checkpoint::check_finite, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::fingerprint, module)?)?;
-    module.add_function(wrap_pyfunction!(checkpoint::first_match, module)?)?;
     module.add_function(wrap_pyfunction!(checkpoint::same_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(delta::energies, module)?)?;
     module.add_function(wrap_pyfunction!(delta::round_to, module)?)?;

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Checkpoint, LowRank, first_match, same_bytes
+from lora_compress._native import Checkpoint, LowRank, same_bytes
 from lora_compress.adapter import Adapter, Stored
-from lora_compress.errors import AdapterError, LoraCompressError
+from lora_compress.errors import AdapterError
 from lora_compress.formats.peft.layout import (
     CONFIG,
     PICKLED_WEIGHTS,
@@ -25,6 +25,7 @@ from lora_compress.formats.peft.layout import (
     wrapped_owner,
     wrapped_parameter,
 )
+from lora_compress.formats.peft.patterns import ByModule
 from lora_compress.model import HEAD, WEIGHT, Model, is_stack, matrices, read_json
 
 FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
@@ -77,6 +78,11 @@ class _Reader:
     factors: dict[tuple[str, bool], dict[str, str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        path = self.path / CONFIG
+        self.ranks = ByModule(path, self.config, "rank_pattern", self.config.get("r", 8))
+        self.alphas = ByModule(path, self.config, "alpha_pattern", self.config.get("lora_alpha", 8))
 
     def read(self) -> Adapter:
         for tensor in self.weights.tensors():
@@ -178,7 +184,7 @@ class _Reader:
         # PEFT looks patterns up by the module's path, for parameters by theirs.
         is_parameter = target != self._own_name(module + WEIGHT) or target in self._parameters(module)
         pattern_key = self.base.path_of(target) if is_parameter else module
-        rank = int(self._pattern("rank_pattern", pattern_key, self.config.get("r", 8)))
+        rank = int(self.ranks[pattern_key])
         if rank < 1 or len(shape) < 2 or shape[0] != rank * experts:
             raise AdapterError(
                 f"`{self.path}`: `{pair['A']}` has shape {shape}, but `{CONFIG}` gives `{module}` the rank {rank}"
@@ -205,7 +211,7 @@ class _Reader:
             )
 
     def _scale(self, pattern_key: str, rank: int) -> float:
-        alpha = float(self._pattern("alpha_pattern", pattern_key, self.config.get("lora_alpha", 8)))
+        alpha = float(self.alphas[pattern_key])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _fans_out(self, target: str, pair: Mapping[str, str]) -> bool:
@@ -219,17 +225,6 @@ class _Reader:
         if stored[0] == stored[-1] and self.base.model_type:
             return False  # `is_conv1d` has answered for a known model.
         return stored != straight or stored[0] == stored[-1]
-
-    def _pattern(self, setting: str, key: str, default: Any) -> Any:
-        """PEFT's rule (`get_pattern_key`): the first pattern that matches the end of the path, in the order of the
-        file.
-        """
-        patterns = self.config.get(setting) or {}
-        try:
-            index = first_match(list(patterns), key)
-        except LoraCompressError as error:
-            raise AdapterError(f"`{self.path / CONFIG}`: {setting}: {error}") from error
-        return default if index is None else list(patterns.values())[index]
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
