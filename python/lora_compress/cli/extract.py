@@ -77,7 +77,7 @@ def command(
 ) -> None:
     """Extract an adapter that turns BASE into TUNED.
 
-    BASE and TUNED are safetensors files, or directories with `model.safetensors` or a shard index. Every matrix becomes
+    BASE and TUNED are files of safetensors or PyTorch, directories of them, or names on the Hub. Every matrix becomes
     a pair of factors, the best pair of its rank there is (or what -d says instead); how large the adapter has to be and
     which matrix gets which rank is found from the spectra of ΔW (`lora-compress plan` shows them), unless it is given.
     Norms, biases and new vocabulary rows go to a side file that `lora-compress merge` applies and servers ignore;

@@ -28,7 +28,7 @@ Examples:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common_options
 def command(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
-    """Say what PATH is: a safetensors file, a model directory, or an adapter. Reads headers only."""
+    """Say what PATH is: a file of weights, a model directory, a name on the Hub, or an adapter. Reads headers only."""
     from lora_compress.verbs.inspect import inspect
 
     result = inspect(path)

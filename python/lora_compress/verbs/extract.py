@@ -131,7 +131,7 @@ def extract(
 
     Parameters
     ----------
-    base, tuned: safetensors files, or directories with `model.safetensors` or a shard index.
+    base, tuned: files of safetensors or PyTorch, directories of them, or names on the Hub.
     out: directory to create.
     rank: a number for every matrix (smaller ones, and deltas of lower rank, get what they can use); "auto", the
         default; or a rule for each matrix such as "energy=0.9" (`lora_compress.ranks.choice` lists them).

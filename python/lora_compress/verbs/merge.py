@@ -1,7 +1,8 @@
 """`merge`: a base and adapters become a merged checkpoint, W' = round(W + Σ w·s·B·A).
 
 The output has the base's files: the same shards, order, index and, unless told otherwise, dtypes. Tensors that no
-adapter touches are copied byte for byte, and so is everything else that makes a model (configuration, tokenizer).
+adapter touches are copied byte for byte, and so is everything else that makes a model (configuration, tokenizer). What
+comes from PyTorch's files is written as safetensors, weights of eight bits as BF16.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def merge(
 
     Parameters
     ----------
-    base: safetensors file, or directory with `model.safetensors` or a shard index.
+    base: a file of safetensors or PyTorch, a directory of them, or a name on the Hub.
     adapters: adapter directories of any registered format.
     out: directory to create; with a name ending in `.safetensors` and an unsharded base, a single file.
     weights: one for each adapter; 1 for all when absent.

@@ -1,9 +1,9 @@
 //! Merging: a base checkpoint and updates become a merged checkpoint, shard by shard and row panel by row panel.
 //!
 //! A merged shard has the tensors, order and, unless told otherwise, dtypes of the base's shard; tensors without an update are
-//! copied byte for byte. Every panel is read, summed, rounded and written to its place by one thread, so reading, arithmetic and
-//! writing go on side by side. Memory holds the factors of some tensors and a few panels; of an update that is computed, the
-//! whole tensor, but one at a time.
+//! copied byte for byte (weights of eight bits become BF16). Every panel is read, summed, rounded and written to its place by one
+//! thread, so reading, arithmetic and writing go on side by side. Memory holds the factors of some tensors and a few panels; of an
+//! update that is computed, the whole tensor, but one at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
