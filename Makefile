@@ -107,7 +107,7 @@ test-python: build .venv/dev chromium  ## Python tests that need no PyTorch (HYP
 
 .PHONY: test-torch
 test-torch: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Tests with PyTorch, transformers and PEFT, on real weights
-	PYTHONPATH=python LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch tests/torch
+	PYTHONPATH=$(PLUGINS) LORA_COMPRESS_CACHE=$(CACHE) $(TORCH_ENV)/bin/python -m pytest -q -m torch tests/torch
 
 # Peers have environments of their own, shared between clones: scikit-learn joins PyTorch's, mergekit pins what it needs.
 BENCH_JSON := docs/benchmarks

@@ -18,7 +18,7 @@ from tests.kohya_files import read as read_file
 from tests.test_kohya_format import flat
 
 
-class Unet(torch.nn.Module):  # type: ignore[misc]
+class Unet(torch.nn.Module):
     """Modules at the paths of the tiny UNet."""
 
     def __init__(self) -> None:

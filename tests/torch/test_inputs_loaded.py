@@ -79,7 +79,7 @@ def test_views_that_torch_negates_are_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "negated.pt")
 
 
-class Convolutions(nn.Module):  # type: ignore[misc]
+class Convolutions(nn.Module):
     """One of each kind that PEFT knows."""
 
     def __init__(self) -> None:

@@ -106,6 +106,12 @@ class Network:
         """The indices that are summed."""
         return tuple(index for index in self.indices if index not in {*self.rows, *self.cols})
 
+    @property
+    def transposed(self) -> str:
+        """The contraction of the same factors to ΔWᵀ."""
+        factors = self.text.partition("->")[0].strip()
+        return f"{factors} -> ({' '.join(self.cols)}) ({' '.join(self.rows)})"
+
     def shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
         """Shape of every factor, given the size of every index."""
         return [tuple(sizes[index] for index in term) for term in self.terms]
@@ -165,8 +171,8 @@ class Network:
     def largest_product(self, sizes: Mapping[str, int]) -> int:
         """Elements of the largest array that forming ΔW makes, factors included."""
         shapes = tuple(self.shapes(sizes))
-        equation = _equation(self.terms, (*self.rows, *self.cols))
-        path = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=_order(len(self.terms)))[1]
+        text = equation(self.terms, (*self.rows, *self.cols))
+        path = opt_einsum.contract_path(text, *shapes, shapes=True, optimize=order(len(self.terms)))[1]
         return max(int(path.largest_intermediate), *(math.prod(shape) for shape in shapes))
 
     def lower(self, factors: Sequence[Any]) -> tuple[Any, Any]:
@@ -200,10 +206,10 @@ class Network:
 
     def cut(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], Term]:
         """The smallest cut: which factors are on the rows' side, and the indices that both sides have."""
-        left = min(self._cuts(), key=lambda left: (_size(self._bonds_between(left), sizes), left))
-        return left, self._bonds_between(left)
+        left = min(self.cuts(), key=lambda left: (_size(self.bonds_between(left), sizes), left))
+        return left, self.bonds_between(left)
 
-    def _cuts(self) -> Iterator[tuple[int, ...]]:
+    def cuts(self) -> Iterator[tuple[int, ...]]:
         """Every set of factors that could be the rows' side."""
         numbers = range(len(self.terms))
         rows_only = [
@@ -217,7 +223,7 @@ class Network:
             for chosen in itertools.combinations(free, count):
                 yield tuple(sorted((*rows_only, *chosen)))
 
-    def _bonds_between(self, left: Sequence[int]) -> Term:
+    def bonds_between(self, left: Sequence[int]) -> Term:
         """Indices that both sides have, where ΔW's own count as had by the side that they belong to."""
         sides: list[set[str]] = [set(self.rows), set(self.cols)]
         for number, term in enumerate(self.terms):
@@ -248,10 +254,11 @@ def contract(terms: Sequence[Term], output: Term, arrays: Sequence[Any]) -> Any:
 
 @lru_cache(maxsize=1024)
 def _expression(terms: tuple[Term, ...], output: Term, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    return opt_einsum.contract_expression(_equation(terms, output), *shapes, optimize=_order(len(terms)))
+    return opt_einsum.contract_expression(equation(terms, output), *shapes, optimize=order(len(terms)))
 
 
-def _equation(terms: Sequence[Term], output: Term) -> str:
+def equation(terms: Sequence[Term], output: Term) -> str:
+    """The contraction as einsum writes it."""
     symbols: dict[str, str] = {}
     for index in (name for term in (*terms, output) for name in term):
         symbols.setdefault(index, opt_einsum.get_symbol(len(symbols)))
@@ -259,7 +266,8 @@ def _equation(terms: Sequence[Term], output: Term) -> str:
     return f"{subscripts}->{''.join(symbols[name] for name in output)}"
 
 
-def _order(terms: int) -> str:
+def order(terms: int) -> str:
+    """How opt_einsum is to look for an order."""
     return "optimal" if terms <= OPTIMAL else "auto"
 
 

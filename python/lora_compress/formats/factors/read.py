@@ -61,6 +61,17 @@ def read(path: Path, base: Model) -> Adapter:
     return Adapter(path, computed=computed, warnings=warnings)
 
 
+def stored_factors(path: Path) -> dict[str, tuple[str, list[Float32Matrix]]]:
+    """The contraction and the factors of every tensor, for those who go on with them; of files that `read` accepts."""
+    file, found = Checkpoint(path / FACTORS), {}
+    for number, group in enumerate(read_json(path / CONFIG)["groups"]):
+        network, tensors = _group(path / CONFIG, number, group)
+        for tensor in tensors:
+            names = [stored_name(at, tensor if own else None, number) for at, own in enumerate(network.own)]
+            found[tensor] = network.text, [file.read(name) for name in names]
+    return found
+
+
 def stored_name(factor: int, tensor: str | None, group: int) -> str:
     """Name of a factor in the file: of one tensor, or shared by a group."""
     return f"{factor}:{tensor}" if tensor is not None else f"{factor}:group {group}"

@@ -27,6 +27,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         return "\n".join([*front, "", *_converted(manifest), ""])
     if "made_from" in manifest:
         return "\n".join([*front, "", *_combined(manifest), ""])
+    if "trained" in manifest:
+        return "\n".join([*front, "", *_trained(manifest), ""])
     totals = manifest["totals"]
     body = [
         f"# LoRA adapter of `{manifest['tuned']}`",
@@ -61,6 +63,17 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         if tensor["treatment"] == "low-rank"
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _trained(manifest: Mapping[str, Any]) -> list[str]:
+    """The body of a card of an adapter that was trained."""
+    return [
+        "# LoRA adapter",
+        "",
+        f"For the base `{manifest['base']}`, trained as `{manifest['decomposition']}` with "
+        f"[lora-compress](https://pypi.org/project/lora-compress/) {manifest['version']}. The scale is folded into the "
+        "factors (alpha = r).",
+    ]
 
 
 def _converted(manifest: Mapping[str, Any]) -> list[str]:

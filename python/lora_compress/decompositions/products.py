@@ -1,0 +1,111 @@
+"""Products of a network whose order is settled once, for factors that are multiplied in every step of a training.
+
+`Network` plans by shape at every call, with a cache; here all that can be known before the first call is: which
+pairwise products there are, in which order, and whether there are any at all. What remains is a handful of einsums,
+which compilers trace. Arrays and einsum are NumPy's or torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import opt_einsum
+
+from lora_compress.decompositions.network import BATCH, Network, Term, equation, order
+
+Einsum = Callable[..., Any]
+# Tokens for which the order of products with inputs is chosen: a batch of training. Any other number gives the same
+# values up to rounding.
+TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Product:
+    """A contraction as pairwise einsums: positions of the operands among those that are left, and the equation."""
+
+    steps: tuple[tuple[tuple[int, ...], str], ...]
+
+    @classmethod
+    def plan(cls, terms: Sequence[Term], output: Term, sizes: Mapping[str, int]) -> Product:
+        """The cheapest order for these sizes; no step where the one factor is what is asked for."""
+        if len(terms) == 1 and terms[0] == output:
+            return cls(())
+        shapes = [tuple(sizes[index] for index in term) for term in terms]
+        _, found = opt_einsum.contract_path(
+            equation(tuple(terms), output), *shapes, shapes=True, optimize=order(len(terms))
+        )
+        return cls(tuple((tuple(step[0]), step[2]) for step in found.contraction_list))
+
+    def __call__(self, einsum: Einsum, arrays: Sequence[Any]) -> Any:
+        """The product of the arrays, one for each term."""
+        held = list(arrays)
+        for positions, text in self.steps:
+            # Positions descend, so that taking one does not move the next.
+            operands = [held.pop(position) for position in positions]
+            held.append(einsum(text, *operands))
+        return held[0]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One matrix of a pair: the factors that it is made of, their product, and its shape."""
+
+    numbers: tuple[int, ...]
+    product: Product
+    shape: tuple[int, int]
+
+    def __call__(self, einsum: Einsum, factors: Sequence[Any]) -> Any:
+        """The matrix, of all factors of the network."""
+        made = self.product(einsum, [factors[number] for number in self.numbers])
+        return made if tuple(made.shape) == self.shape else made.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """B (rows, r) and A (r, cols) of a network, as `Network.lower` has them."""
+
+    b: Side
+    a: Side
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    def __call__(self, einsum: Einsum, factors: Sequence[Any]) -> tuple[Any, Any]:
+        """B and A; the factors themselves where the network is nothing but a pair."""
+        return self.b(einsum, factors), self.a(einsum, factors)
+
+
+def plan_pair(network: Network, sizes: Mapping[str, int]) -> Pair | None:
+    """How factors of these sizes are lowered; None where the pair would be as large as ΔW, or needs an index of ΔW on
+    both sides: products with inputs are better made from the factors then.
+    """
+    # Of equally small cuts the one with most on the rows' side: where A is not trained (LoRA-XS), no input has to be
+    # kept for the gradients of what is.
+    left = min(
+        network.cuts(), key=lambda left: (math.prod(sizes[i] for i in network.bonds_between(left)), -len(left), left)
+    )
+    bonds = network.bonds_between(left)
+    if not network.lowers_small(sizes) or {*network.rows, *network.cols} & {*bonds}:
+        return None
+    right = tuple(number for number in range(len(network.terms)) if number not in left)
+    rank = math.prod(sizes[index] for index in bonds)
+    rows, cols = (math.prod(sizes[index] for index in side) for side in (network.rows, network.cols))
+    b = Product.plan([network.terms[number] for number in left], (*network.rows, *bonds), sizes)
+    a = Product.plan([network.terms[number] for number in right], (*bonds, *network.cols), sizes)
+    return Pair(Side(left, b, (rows, rank)), Side(right, a, (rank, cols)))
+
+
+def plan_dense(network: Network, sizes: Mapping[str, int]) -> Product:
+    """ΔW over its own indices, (*rows, *cols)."""
+    return Product.plan(network.terms, (*network.rows, *network.cols), sizes)
+
+
+def plan_forward(network: Network, sizes: Mapping[str, int]) -> Product:
+    """x·ΔWᵀ from the factors and x as (tokens, *cols), in this order; gives (tokens, *rows)."""
+    terms = (*network.terms, (BATCH, *network.cols))
+    return Product.plan(terms, (BATCH, *network.rows), {**sizes, BATCH: TOKENS})
