@@ -128,8 +128,8 @@ $(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
 	$(TORCH_ENV)/bin/pip install --quiet gguf sentencepiece
 	touch $@
 
-.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge
-bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge  ## Measure everything against peers and limits
+.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training
+bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training  ## Measure everything against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
 	$(BENCH)/kernels.py --json $(BENCH_JSON)
 bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
@@ -148,6 +148,9 @@ bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decompositio
 
 bench-merge: build $(TORCH_ENV)/bench-ready  ## Merging, against PEFT and a copy of the base
 	$(BENCH)/merging.py --work $(CACHE)/bench --json $(BENCH_JSON)
+
+bench-training: build $(TORCH_ENV)/bench-ready  ## Steps of training: the plugin path against hard-coded factors, and PEFT
+	PYTHONPATH=$(PLUGINS) OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python benchmarks/training_overhead.py --width 256 --tokens 256 --json $(BENCH_JSON)
 
 bench-resize: build $(TORCH_ENV)/bench-ready  ## Resizing an adapter of an 8B model, against the dense way
 	$(BENCH)/resizing.py --work $(CACHE) --json $(BENCH_JSON)

@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ def test_kernels_and_saved_bytes(autocast: bool) -> None:
     # Of each layer: 2 casts and 2 products in the forward; du, dB, dA, addmm and 2 casts in the backward.
     assert added == 3 * 10
     assert theirs >= added + 3 * 3
-    assert mine.written - floor.written < (peft.written - floor.written) / 2
+    assert mine.written - floor.written < (peft.written - floor.written) / 4
 
 
 def test_nothing_as_wide_as_the_input_is_kept_for_a_core() -> None:
@@ -240,7 +241,7 @@ def test_adding_leaves_the_output_as_it_was() -> None:
     assert torch.equal(y, before)
 
 
-def _train_in_processes(rank: int, port: int, kind: str, results: Any) -> None:
+def _train_in_processes(rank: int, port: int, kind: str, folder: Path, results: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -249,7 +250,8 @@ def _train_in_processes(rank: int, port: int, kind: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     with all_plugins():
-        model = tiny_llama()
+        # Sharded: float32 factors beside a frozen base of another dtype, in one group.
+        model = tiny_llama(dtype=torch.bfloat16 if kind.startswith("fsdp-bf16") else torch.float32)
         adapters = attach(model, kind.partition("/")[2], RANK)
         stir(adapters)
         running: Any = model
@@ -265,20 +267,24 @@ def _train_in_processes(rank: int, port: int, kind: str, results: Any) -> None:
             running(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        adapters.save(folder, dtype="F32")
         values = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in adapters.parameters()]
         if rank == 0:
             results.put([each.detach().numpy() for each in values])
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp/ab", "fsdp/ab", "fsdp/abc-shared-input"])
-def test_two_processes_train_as_one_does(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["ddp/ab", "fsdp/ab", "fsdp/abc-shared-input", "fsdp-bf16/tensor-train"])
+def test_two_processes_train_as_one_does(kind: str, tmp_path: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_train_in_processes, args=(rank, port, kind, results)) for rank in range(2)]
+    processes = [
+        context.Process(target=_train_in_processes, args=(rank, port, kind, tmp_path / "adapter", results))
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     try:
@@ -287,10 +293,17 @@ def test_two_processes_train_as_one_does(kind: str) -> None:
         for process in processes:
             process.join(timeout=60)
             process.kill()
-    model = tiny_llama()
+    is_exact = not kind.startswith("fsdp-bf16")
+    model = tiny_llama(dtype=torch.float32 if is_exact else torch.bfloat16)
     adapters = attach(model, kind.partition("/")[2], RANK)
     stir(adapters)
+    start = [factor.detach().clone() for factor in adapters.parameters()]
     losses(model, adapters.parameters(), 3)
-    for mine, theirs in zip(adapters.parameters(), values, strict=True):
-        # Averages of two gradients, in another order of sums.
-        assert torch.allclose(mine, torch.from_numpy(theirs), rtol=1e-4, atol=1e-6)
+    # Averages of two gradients, in another order of sums: relative to how far training went, roundings of float32, or
+    # some tens of bf16's 2⁻⁹ on the way of every gradient.
+    most = 1e-4 if is_exact else 0.1
+    for mine, theirs, before in zip(adapters.parameters(), values, start, strict=True):
+        assert (mine - torch.from_numpy(theirs)).norm() <= most * (mine - before).norm()
+    ours = model(IDS).logits
+    adapters.load(tmp_path / "adapter")
+    assert torch.allclose(model(IDS).logits, ours, rtol=0, atol=1e-4 if is_exact else 2.0**-6)

@@ -75,14 +75,21 @@ class Pair:
         """r."""
         return self.a.shape[0]
 
+    def is_made_of(self, factors: Sequence[Any]) -> bool:
+        """Whether B and A are these factors and nothing else, in this order."""
+        sides = (self.b, self.a)
+        return [(side.numbers, side.product.steps, side.shape) for side in sides] == [
+            ((number,), (), tuple(factor.shape)) for number, factor in enumerate(factors)
+        ]
+
     def __call__(self, einsum: Einsum, factors: Sequence[Any]) -> tuple[Any, Any]:
-        """B and A; the factors themselves where the network is nothing but a pair."""
+        """B and A."""
         return self.b(einsum, factors), self.a(einsum, factors)
 
 
 def plan_pair(network: Network, sizes: Mapping[str, int]) -> Pair | None:
-    """How factors of these sizes are lowered; None where the pair would be as large as ΔW, or needs an index of ΔW on
-    both sides: products with inputs are better made from the factors then.
+    """How factors of these sizes are lowered; None where the pair would have more directions than ΔW can, or needs an
+    index of ΔW on both sides: products with inputs are better made from the factors then.
     """
     # Of equally small cuts the one with most on the rows' side: where A is not trained (LoRA-XS), no input has to be
     # kept for the gradients of what is.
@@ -90,11 +97,11 @@ def plan_pair(network: Network, sizes: Mapping[str, int]) -> Pair | None:
         network.cuts(), key=lambda left: (math.prod(sizes[i] for i in network.bonds_between(left)), -len(left), left)
     )
     bonds = network.bonds_between(left)
-    if not network.lowers_small(sizes) or {*network.rows, *network.cols} & {*bonds}:
-        return None
-    right = tuple(number for number in range(len(network.terms)) if number not in left)
     rank = math.prod(sizes[index] for index in bonds)
     rows, cols = (math.prod(sizes[index] for index in side) for side in (network.rows, network.cols))
+    if rank > min(rows, cols) or {*network.rows, *network.cols} & {*bonds}:
+        return None
+    right = tuple(number for number in range(len(network.terms)) if number not in left)
     b = Product.plan([network.terms[number] for number in left], (*network.rows, *bonds), sizes)
     a = Product.plan([network.terms[number] for number in right], (*bonds, *network.cols), sizes)
     return Pair(Side(left, b, (rows, rank)), Side(right, a, (rank, cols)))

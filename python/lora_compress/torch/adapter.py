@@ -53,6 +53,7 @@ class Adapter(nn.Module):
             if number not in self._lent:
                 self.register_parameter(self._names[number], nn.Parameter(values, number not in frozen))
         self.pair_product = plan_pair(network, sizes)
+        self._is_pair = self.pair_product is not None and self.pair_product.is_made_of(factors)
         self._forward_product, self._dense_product = plan_forward(network, sizes), plan_dense(network, sizes)
         self._col_sizes = [sizes[index] for index in network.cols]
 
@@ -76,8 +77,11 @@ class Adapter(nn.Module):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B (rows, r), A (r, cols) of a network that lowers to a small pair; differentiable."""
+        factors = self.factors()
+        if self._is_pair:
+            return factors[0], factors[1]
         assert self.pair_product is not None  # noqa: S101 (whoever asks has looked)
-        return self.pair_product(torch.einsum, self.factors())
+        return self.pair_product(torch.einsum, factors)
 
     def dense(self) -> torch.Tensor:
         """ΔW without its scale, (rows, cols), differentiable."""

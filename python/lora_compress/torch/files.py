@@ -147,7 +147,6 @@ def write(
 
     Raises `SelectionError` for a format that cannot carry them, `OutputExistsError`, `OSError`.
     """
-    output.check_directory(path, force=force)
     described = base or model
     names = _names_in(described, sites)
     host = plugins.load()
@@ -160,6 +159,9 @@ def write(
     as_factors = stores_factors(target)
     groups = _groups(decomposition, sites, names, dtype) if as_factors else []
     pairs = {site.tensor: _pair(site, dtype) for site in sites} if not as_factors else {}
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return  # Every process has done its part of gathering; one writes.
+    output.check_directory(path, force=force)
     tied = described.tied_embedding()
     plan = AdapterPlan(
         base=described,

@@ -33,9 +33,10 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def is_traced(*tensors: torch.Tensor | None) -> bool:
+def is_traced(x: torch.Tensor, base: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> bool:
     """Whether torch's own operations have to be used: a compiler looks on, or a tensor is more than a tensor."""
-    return torch.compiler.is_compiling() or not all(type(each) in PLAIN for each in tensors if each is not None)
+    is_plain = type(x) in PLAIN and type(base) in PLAIN and type(b) in PLAIN and type(a) in PLAIN
+    return torch.compiler.is_compiling() or not is_plain
 
 
 def adapted_linear(
@@ -56,7 +57,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, a: torch.Ten
     y stays as it is. Computed in y's dtype.
     """
     x = x if x.dtype == y.dtype else x.to(y.dtype)
-    if not is_traced(y, x, b, a):
+    if not is_traced(x, y, b, a):
         result: torch.Tensor = _AddLowRank.apply(y, x, b, a, scale)
         return result
     u = F.linear(x, a.to(y.dtype))

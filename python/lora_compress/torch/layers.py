@@ -75,7 +75,7 @@ def _linear_forward(base: Any) -> Callable[..., torch.Tensor]:
             if first.pair_product is not None and not first.is_dropping():
                 b, a = first.pair()
                 is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-                if is_frozen and not is_traced(x, weight, bias, b, a):
+                if is_frozen and not is_traced(x, weight, b, a):
                     y = adapted_linear(x, weight.t() if is_stored_transposed else weight, bias, b, a, first.scale)
                     for adapter in running[1:]:
                         y = adapter.add_to(y, x)
