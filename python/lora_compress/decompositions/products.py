@@ -20,6 +20,8 @@ Einsum = Callable[..., Any]
 # Tokens for which the order of products with inputs is chosen: a batch of training. Any other number gives the same
 # values up to rounding.
 TOKENS = 4096
+# The index of stacked matrices, each with factors of its own.
+STACK = "matrix of a stack"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Side:
 
     numbers: tuple[int, ...]
     product: Product
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def __call__(self, einsum: Einsum, factors: Sequence[Any]) -> Any:
         """The matrix, of all factors of the network."""
@@ -73,7 +75,7 @@ class Pair:
     @property
     def rank(self) -> int:
         """r."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def is_made_of(self, factors: Sequence[Any]) -> bool:
         """Whether B and A are these factors and nothing else, in this order."""
@@ -83,14 +85,17 @@ class Pair:
         ]
 
     def __call__(self, einsum: Einsum, factors: Sequence[Any]) -> tuple[Any, Any]:
-        """B and A."""
+        """B and A; of a stack, with its index in front."""
         return self.b(einsum, factors), self.a(einsum, factors)
 
 
-def plan_pair(network: Network, sizes: Mapping[str, int]) -> Pair | None:
+def plan_pair(network: Network, sizes: Mapping[str, int], stack: int = 0) -> Pair | None:
     """How factors of these sizes are lowered; None where the pair would have more directions than ΔW can, or needs an
     index of ΔW on both sides: products with inputs are better made from the factors then.
+
+    stack: how many matrices there are, whose factors and pairs have their number as first index; 0 for a single one.
     """
+    lead, front = ((STACK,), (stack,)) if stack else ((), ())
     # Of equally small cuts the one with most on the rows' side: where A is not trained (LoRA-XS), no input has to be
     # kept for the gradients of what is.
     left = min(
@@ -102,14 +107,17 @@ def plan_pair(network: Network, sizes: Mapping[str, int]) -> Pair | None:
     if rank > min(rows, cols) or {*network.rows, *network.cols} & {*bonds}:
         return None
     right = tuple(number for number in range(len(network.terms)) if number not in left)
-    b = Product.plan([network.terms[number] for number in left], (*network.rows, *bonds), sizes)
-    a = Product.plan([network.terms[number] for number in right], (*bonds, *network.cols), sizes)
-    return Pair(Side(left, b, (rows, rank)), Side(right, a, (rank, cols)))
+    sizes = {**sizes, STACK: stack}
+    b = Product.plan([(*lead, *network.terms[number]) for number in left], (*lead, *network.rows, *bonds), sizes)
+    a = Product.plan([(*lead, *network.terms[number]) for number in right], (*lead, *bonds, *network.cols), sizes)
+    return Pair(Side(left, b, (*front, rows, rank)), Side(right, a, (*front, rank, cols)))
 
 
-def plan_dense(network: Network, sizes: Mapping[str, int]) -> Product:
-    """ΔW over its own indices, (*rows, *cols)."""
-    return Product.plan(network.terms, (*network.rows, *network.cols), sizes)
+def plan_dense(network: Network, sizes: Mapping[str, int], stack: int = 0) -> Product:
+    """ΔW over its own indices, (*rows, *cols), or of a stack of matrices, (stack, *rows, *cols)."""
+    lead = (STACK,) if stack else ()
+    terms = [(*lead, *term) for term in network.terms]
+    return Product.plan(terms, (*lead, *network.rows, *network.cols), {**sizes, STACK: stack})
 
 
 def plan_forward(network: Network, sizes: Mapping[str, int]) -> Product:

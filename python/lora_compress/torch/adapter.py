@@ -25,6 +25,7 @@ FACTOR = "factor"
 class Adapter(nn.Module):
     """Factors of a (rows, cols) matrix ΔW and their scale s.
 
+    stack: how many matrices there are, each with factors of its own: their number is the first index of every factor.
     lent: factors that belong to another layer's adapter, by number.
     frozen: numbers of the factors that are not trained.
     """
@@ -37,14 +38,15 @@ class Adapter(nn.Module):
         rank: int,
         scale: float,
         dropout: float = 0.0,
+        stack: int = 0,
         lent: Mapping[int, Adapter] | None = None,
         frozen: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         network = decomposition.network
-        sizes = network.sizes(factors)
+        sizes = network.sizes([factor[0] for factor in factors] if stack else factors)
         self.decomposition, self.rank, self.scale, self.dropout = decomposition, rank, scale, dropout
-        self.enabled = True
+        self.enabled, self.stack = True, stack
         self.rows, self.cols = (math.prod(sizes[index] for index in side) for side in (network.rows, network.cols))
         # A dict hides the lenders from `named_modules`: they are no children.
         self._lent = dict(lent or {})
@@ -52,9 +54,9 @@ class Adapter(nn.Module):
         for number, values in enumerate(factors):
             if number not in self._lent:
                 self.register_parameter(self._names[number], nn.Parameter(values, number not in frozen))
-        self.pair_product = plan_pair(network, sizes)
+        self.pair_product = plan_pair(network, sizes, stack)
         self._is_pair = self.pair_product is not None and self.pair_product.is_made_of(factors)
-        self._forward_product, self._dense_product = plan_forward(network, sizes), plan_dense(network, sizes)
+        self._forward_product, self._dense_product = plan_forward(network, sizes), plan_dense(network, sizes, stack)
         self._col_sizes = [sizes[index] for index in network.cols]
 
     def factors(self) -> list[torch.Tensor]:
@@ -76,7 +78,7 @@ class Adapter(nn.Module):
         return self.dropout > 0.0 and self.training
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B (rows, r), A (r, cols) of a network that lowers to a small pair; differentiable."""
+        """B (rows, r), A (r, cols) of a network that lowers to a pair, or stacks of them; differentiable."""
         factors = self.factors()
         if self._is_pair:
             return factors[0], factors[1]
@@ -84,9 +86,13 @@ class Adapter(nn.Module):
         return self.pair_product(torch.einsum, factors)
 
     def dense(self) -> torch.Tensor:
-        """ΔW without its scale, (rows, cols), differentiable."""
-        made: torch.Tensor = self._dense_product(torch.einsum, self.factors())
-        return made.reshape(self.rows, self.cols)
+        """ΔW without its scale, (rows, cols) or a stack of those, differentiable."""
+        return self.dense_of(self.factors())
+
+    def dense_of(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same of other factors of these sizes."""
+        made: torch.Tensor = self._dense_product(torch.einsum, factors)
+        return made.reshape(*made.shape[: self.stack > 0], self.rows, self.cols)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + s·x·ΔWᵀ for x (…, cols), y (…, rows)."""
@@ -124,6 +130,18 @@ class Adapter(nn.Module):
             u = layer._conv_forward(x, a.reshape(-1, *kernel).to(x.dtype), None)
             made = CONVOLUTIONS[len(kernel) - 1](u, b.reshape(*b.shape, *[1] * (len(kernel) - 1)).to(x.dtype))
         return torch.add(y, made.to(y.dtype), alpha=self.scale)
+
+    def add_to_stack(self, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        """W + s·ΔW of a stack (matrices, rows, cols), or of the transposes, in one step where there are pairs. It is in
+        W's dtype: of a bf16 weight, steps that are small beside it are rounded away in the forward.
+        """
+        if self.pair_product is None:
+            delta = self.dense().to(weight.dtype)
+            return torch.add(weight, delta.mT if transposed else delta, alpha=self.scale)
+        b, a = (factor.to(weight.dtype) for factor in self.pair())
+        if transposed:
+            b, a = a.mT, b.mT
+        return torch.baddbmm(weight, b, a, alpha=self.scale)
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""

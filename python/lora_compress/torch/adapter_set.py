@@ -50,7 +50,7 @@ class AdapterSet:
         """Factors by their names in the model, frozen ones too; each once."""
         for site in self.sites:
             for number, factor in site.adapter.own_factors().items():
-                yield f"{site.target.leader.path}.{CHILD}.{self.name}.factor{number}".removeprefix("."), factor
+                yield f"{site.target.leader.place}.{self.name}.factor{number}", factor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All factors."""
@@ -128,10 +128,11 @@ class AdapterSet:
                 container.merged = tuple(name for name in container.merged if name != self.name)
                 container.shifts.pop(self.name, None)
             site.refresh()
-            for container, layer in zip(containers, site.target.layers, strict=True):
+            for container in containers:
                 del container[self.name]
-                if not container:
-                    swap_out(layer.module)
+        for site in self.sites:
+            for layer in site.target.layers:
+                swap_out(layer.module)
         parameters = dict(self.model.named_parameters())
         for name, values in self._replaced.items():
             parameters[name].data = values
@@ -206,7 +207,7 @@ class AdapterSet:
         nothing is taken then.
         """
         stored = files.Stored.open(Path(path), live_model(self.model))
-        if odd := sorted({site.tensor for site in self.sites} ^ {*stored.names()}):
+        if odd := sorted({name for site in self.sites for name in site.target.matrices} ^ {*stored.names()}):
             raise SelectionError(f"`{odd[0]}` is in one of `{path}` and the adapters only")
         if shifted := [site.tensor for site in self.sites if site.start is not None]:
             raise SelectionError(
@@ -218,10 +219,10 @@ class AdapterSet:
             groups.setdefault(site.group, []).append(site)
         state = {}
         for members in groups.values():
-            tensors = [(site.tensor, site.kind.transposed) for site in members]
-            layers = stored.factors(self.decomposition, tensors, members[0].adapter.rank, seed=0, most=SAME)
+            targets = [site.target for site in members]
+            layers = files.stored_layers(stored, self.decomposition, targets, members[0].adapter.rank, most=SAME)
             for site, factors in zip(members, layers, strict=True):
-                prefix = f"{site.target.leader.path}.{CHILD}.{self.name}.factor".removeprefix(".")
+                prefix = f"{site.target.leader.place}.{self.name}.factor"
                 values = files.scaled(self.decomposition, factors, 1 / site.adapter.scale)
                 for number in site.adapter.own_factors():
                     state[f"{prefix}{number}"] = torch.tensor(values[number])

@@ -6,7 +6,7 @@ Both sides multiply the first factor that is a layer's own: by s when it is writ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,14 @@ from lora_compress.adapter import AdapterPlan, GroupFactors, PlannedFactors, sto
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError
 from lora_compress.formats.factors.read import CONFIG, stored_factors
-from lora_compress.model import Model, matrix_shape
+from lora_compress.model import Model, matrices, matrix_shape
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.decompose import residual_energy
 from lora_compress.verbs.merge import read_adapter
 
 if TYPE_CHECKING:
-    from lora_compress.torch.sites import Site
+    from lora_compress.torch.sites import Site, Target
 
 Factor = Any
 DTYPES = {torch.float32: "F32", torch.float64: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -124,6 +124,29 @@ class Stored:
         return layers
 
 
+def stored_layers(
+    stored: Stored,
+    decomposition: Decomposition,
+    targets: Sequence[Target],
+    rank: int | None,
+    *,
+    seed: int = 0,
+    most: float = math.inf,
+) -> list[list[Factor]]:
+    """Factors of every target of a group, as `Stored.factors` has them; of a stack, those of its matrices stacked."""
+    transposed = targets[0].leader.kind.transposed
+    if not targets[0].leader.stack:
+        tensors = [(target.tensor, transposed) for target in targets]
+        return stored.factors(decomposition, tensors, rank, seed=seed, most=most)
+    matrices = [(name, transposed) for name in targets[0].matrices]
+    return [stacked([stored.factors(decomposition, [each], rank, seed=seed, most=most)[0] for each in matrices])]
+
+
+def stacked(layers: Sequence[Sequence[Factor]]) -> list[Factor]:
+    """Factors of the matrices of a stack, the number of the matrix as their first index."""
+    return [np.stack(factors) for factors in zip(*layers, strict=True)]
+
+
 def scaled(decomposition: Decomposition, factors: Sequence[Factor], scale: float) -> list[Factor]:
     """Factors of s·ΔW: a network is linear in each, so the first that is a layer's own takes it all."""
     first = decomposition.network.own.index(True)
@@ -158,7 +181,7 @@ def write(
     dtype = dtype or max((DTYPES[site.adapter.factors()[0].dtype] for site in sites), key=["BF16", "F16", "F32"].index)
     as_factors = stores_factors(target)
     groups = _groups(decomposition, sites, names, dtype) if as_factors else []
-    pairs = {site.tensor: _pair(site, dtype) for site in sites} if not as_factors else {}
+    pairs = {key: pair for site in sites for key, pair in _pairs(site, dtype)} if not as_factors else {}
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return  # Every process has done its part of gathering; one writes.
     output.check_directory(path, force=force)
@@ -209,11 +232,14 @@ def _usual(host: plugins.Plugins, model: Model, sites: Sequence[Site], names: Ma
 def _names_in(model: Model, sites: Sequence[Site]) -> dict[str, str]:
     """The checkpoint's name of every site's tensor. Raises `SelectionError` where it has none of that shape."""
     by_path = {model.path_of(each.name): each.name for each in model.checkpoint.tensors()}
-    found = {}
+    found: dict[str, str] = {}
     for site in sites:
         name = by_path.get(site.tensor)
         shape = (site.adapter.rows, site.adapter.cols)
         shape = shape[::-1] if site.kind.transposed else shape
+        if name is not None and site.adapter.stack:
+            found |= zip(site.target.matrices, matrices(name, site.adapter.stack), strict=True)
+            continue
         if name is None or (matrix_shape(model.checkpoint.info(name).shape) != shape and site.is_plain):
             raise SelectionError(
                 f"`{model.path}` has no tensor of shape {list(shape)} for `{site.tensor}`: transformers names or "
@@ -223,18 +249,26 @@ def _names_in(model: Model, sites: Sequence[Site]) -> dict[str, str]:
     return found
 
 
-def _pair(site: Site, dtype: str) -> tuple[Factor, Factor]:
-    """B (rows, r) and A (r, cols) of what the base's weight, as it is stored, gains."""
+def _pairs(site: Site, dtype: str) -> Iterator[tuple[str, tuple[Factor, Factor]]]:
+    """B (rows, r) and A (r, cols) of what the base's weight, as it is stored, gains; of every matrix of a stack."""
     decomposition = site.adapter.decomposition
-    b, a = decomposition.lower([_numpy(each) for each in site.adapter.factors()])
-    b = b * site.adapter.scale
-    if site.start is not None:
-        # The weight lost what the factors began with: the difference has both, side by side.
-        lost, right = decomposition.lower([_numpy(each) for each in site.start])
-        b, a = np.hstack([b, lost * -site.adapter.scale]), np.vstack([a, right])
-    if site.kind.transposed:
-        b, a = a.T, b.T
-    return _rounded(b, dtype), _rounded(a, dtype)
+    factors = [_numpy(each) for each in site.adapter.factors()]
+    start = [_numpy(each) for each in site.start] if site.start is not None else None
+    for number, name in enumerate(site.target.matrices):
+        b, a = decomposition.lower(_of(factors, site, number))
+        b = b * site.adapter.scale
+        if start is not None:
+            # The weight lost what the factors began with: the difference has both, side by side.
+            lost, right = decomposition.lower(_of(start, site, number))
+            b, a = np.hstack([b, lost * -site.adapter.scale]), np.vstack([a, right])
+        if site.kind.transposed:
+            b, a = a.T, b.T
+        yield name, (_rounded(b, dtype), _rounded(a, dtype))
+
+
+def _of(factors: Sequence[Factor], site: Site, number: int) -> list[Factor]:
+    """The factors of one matrix."""
+    return [factor[number] for factor in factors] if site.adapter.stack else list(factors)
 
 
 def _groups(
@@ -253,7 +287,14 @@ def _groups(
     for members in groups.values():
         kinds = {site.kind.transposed for site in members}
         contraction = decomposition.network.transposed if kinds == {True} else decomposition.contraction
-        first = [_rounded(_numpy(each), dtype) for each in members[0].adapter.factors()]
+        factors = [_numpy(each) for each in members[0].adapter.factors()]
+        if members[0].adapter.stack:
+            for number, name in enumerate(members[0].target.matrices):
+                values = scaled(decomposition, _of(factors, members[0], number), members[0].adapter.scale)
+                layer = [_rounded(each, dtype) for each in values]
+                made.append(GroupFactors(decomposition.name, contraction, (names[name],), [layer], own))
+            continue
+        first = [_rounded(each, dtype) for each in factors]
         layers = []
         for site in members:
             values = scaled(decomposition, [_numpy(each) for each in site.adapter.factors()], site.adapter.scale)

@@ -21,11 +21,12 @@ from lora_compress.errors import SelectionError
 from lora_compress.ranks.plan import Plan
 from lora_compress.torch.adapter import Adapter
 from lora_compress.torch.adapter_set import AdapterSet
-from lora_compress.torch.files import Stored, scaled
-from lora_compress.torch.layers import CHILD, swap_in
+from lora_compress.torch.files import Stored, scaled, stacked, stored_layers
+from lora_compress.torch.layers import swap_in
 from lora_compress.torch.live import live_model
 from lora_compress.torch.sites import ALL_LINEAR, WEIGHT, Site, Target, Targets, find_targets
 from lora_compress.torch.starts import INITIALISATIONS, Group, Matrix, Start
+from lora_compress.verbs.stacks import whole
 
 RANK, ALPHA = 16, 16.0
 Ranks = Plan | str | PathLike[str] | Mapping[str, int]
@@ -86,10 +87,12 @@ def attach(
     if by_tensor is not None:
         found = [target for target in found if by_tensor.get(target.tensor, 0)]
     elif stored is not None:
-        names = {*stored.names()}
+        names = {whole(name) for name in stored.names()}
         found = [target for target in found if target.tensor in names]
     if not found:
         raise SelectionError("none of the layers that were asked for has a rank")
+    if dropout and (experts := [target.tensor for target in found if target.leader.stack]):
+        raise SelectionError(f"`{experts[0]}` has no input of its own that dropout could act on")
     if taken := [target.tensor for target in found if name in _adapters_of(target)]:
         raise SelectionError(f"`{taken[0]}` has adapters of the name `{name}` already")
     groups = _groups(method, found)
@@ -137,7 +140,7 @@ def _everything(ranks: Ranks | None, stored: Stored | None) -> Targets:
 
 
 def _adapters_of(target: Target) -> Any:
-    return target.leader.module._modules.get(CHILD) or ()
+    return target.leader.container() or ()
 
 
 def _own_ranks(model: nn.Module, found: Sequence[Target], ranks: Ranks) -> dict[str, int]:
@@ -150,7 +153,8 @@ def _own_ranks(model: nn.Module, found: Sequence[Target], ranks: Ranks) -> dict[
     paths: dict[str, str] = {}
     for target in found:
         for layer in target.layers:
-            for path in (layer.path, layer.path.removeprefix(inner)):
+            whole_path = layer.tensor.removesuffix(WEIGHT)
+            for path in (whole_path, whole_path.removeprefix(inner)):
                 paths |= {path: target.tensor, path + WEIGHT: target.tensor}
     unknown = sorted(name for name, rank in named.items() if rank and name not in paths)
     everything = {**paths, **dict.fromkeys(name for name, _ in model.named_parameters())}
@@ -163,8 +167,12 @@ def _own_ranks(model: nn.Module, found: Sequence[Target], ranks: Ranks) -> dict[
 
 def _groups(method: Decomposition, found: Sequence[Target]) -> list[list[Target]]:
     by_tensor = {target.tensor: target for target in found}
-    groups = method.groups([Shape(target.tensor, *target.shape) for target in found])
-    return [[by_tensor[layer.name] for layer in group] for group in groups]
+    single = [target for target in found if not target.leader.stack]
+    groups = method.groups([Shape(target.tensor, *target.shape) for target in single])
+    return [
+        *([by_tensor[layer.name] for layer in group] for group in groups),
+        *([target] for target in found if target.leader.stack),
+    ]
 
 
 def _rank(
@@ -222,21 +230,29 @@ def _prepare(
     dtype: torch.dtype,
     seed: int,
 ) -> _Prepared:
+    stack = group[0].leader.stack
     if isinstance(start, Stored):
-        tensors = [(target.tensor, target.leader.kind.transposed) for target in group]
-        layers = start.factors(method, tensors, rank, seed=seed)
-        found = rank or _rank_of(method, group[0], layers[0])
+        layers = stored_layers(start, method, group, rank, seed=seed)
+        found = rank or _rank_of(method, group[0], [factor[0] if stack else factor for factor in layers[0]])
         own = scale_of(scale, alpha, found)
         return _Prepared(found, own, Start([scaled(method, layer, 1 / own) for layer in layers]), dtype)
     assert rank is not None  # noqa: S101 (only files have ranks of their own)
     own = scale_of(scale, alpha, rank)
-    matrices = [Matrix(target.tensor, *target.shape, partial(_values, target)) for target in group]
+    matrices = [
+        Matrix(name, *target.shape, partial(_values, target, number))
+        for target in group
+        for number, name in enumerate(target.matrices)
+    ]
     with plugins.blame(method.name, "failed to start factors"):
-        return _Prepared(rank, own, start(Group(method, matrices, rank, own, seed)), dtype)
+        if not stack:
+            return _Prepared(rank, own, start(Group(method, matrices, rank, own, seed)), dtype)
+        starts = [start(Group(method, [matrix], rank, own, seed)) for matrix in matrices]
+    layer = stacked([each.layers[0] for each in starts])
+    return _Prepared(rank, own, Start([layer], starts[0].frozen, starts[0].shifts), dtype)
 
 
-def _values(target: Target) -> Any:
-    return target.matrix().to(device="cpu", dtype=torch.float32).numpy()
+def _values(target: Target, number: int) -> Any:
+    return target.matrix(number).to(device="cpu", dtype=torch.float32).numpy()
 
 
 def _rank_of(method: Decomposition, target: Target, factors: Sequence[Any]) -> int:
@@ -247,14 +263,19 @@ def _rank_of(method: Decomposition, target: Target, factors: Sequence[Any]) -> i
     return int(at)
 
 
+def _shift(adapter: Adapter, start: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a weight loses to the factors that began with a part of it."""
+    return -adapter.scale * adapter.dense_of(start)
+
+
 def _install(method: Decomposition, group: Sequence[Target], made: _Prepared, name: str, dropout: float) -> list[Site]:
     """Put the factors of a group where they are used. What layers share belongs to the first."""
     network, sites = method.network, list[Site]()
     for target, factors in zip(group, made.layers, strict=True):
-        device = target.leader.module.weight.device
+        device, stack = target.leader.weight.device, target.leader.stack
         placed = [factor.to(device) for factor in factors]
         lent = {number: sites[0].adapter for number, own in enumerate(network.own) if not own} if sites else {}
-        options: Any = {"rank": made.rank, "scale": made.scale, "dropout": dropout}
+        options: Any = {"rank": made.rank, "scale": made.scale, "dropout": dropout, "stack": stack}
         adapter = Adapter(method, placed, lent=lent, frozen=made.frozen, **options)
         borrowed = [
             Adapter(method, placed, lent=dict.fromkeys(range(len(placed)), adapter), **options)
@@ -262,11 +283,13 @@ def _install(method: Decomposition, group: Sequence[Target], made: _Prepared, na
         ]
         start = [factor.clone() for factor in placed] if made.shifts else None
         site = Site(target, adapter, group[0].tensor, start, borrowed)
-        for layer, each in zip(target.layers, site.adapters, strict=True):
-            swap_in(layer.module, layer.kind)[name] = each.train(layer.module.training)
+        for layer in target.layers:
+            swap_in(layer.module, layer.kind)
+        for container, each in zip(site.containers(), site.adapters, strict=True):
+            container[name] = each.train(target.leader.module.training)
         sites.append(site)
         if start is not None:
             container = next(site.containers())
-            container.shifts[name] = lambda start=start: -made.scale * method.dense(start)
+            container.shifts[name] = partial(_shift, adapter, start)
             site.refresh()
     return sites

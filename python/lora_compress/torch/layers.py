@@ -10,12 +10,13 @@ class undoes it.
 | transformers' Conv1D | (in, out) | (out, in) |
 | Embedding | (vocabulary, dim) | the same; rows are looked up |
 | Conv1d, 2d, 3d | (out, in / groups, kernel…) | (out, in / groups · kernel) |
+| stacked experts (`experts.py`) | (experts, out, in), or (experts, in, out) | a stack of (out, in) |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_compress.torch.adapter import Adapters
+from lora_compress.torch.adapter import Adapter, Adapters
 from lora_compress.torch.functional import adapted_linear, is_traced
 
 CHILD = "adapter"
@@ -40,30 +41,22 @@ class Kind:
 
     name: str
     shape: Callable[[Any], tuple[int, int]]
-    forward: Callable[[type], Callable[..., torch.Tensor]]
+    members: Callable[[Any], dict[str, Any]]
     transposed: bool = False
     looks_up: bool = False
+    # Parameters of a layer that has several, each a stack of matrices.
+    stacks: tuple[str, ...] = ()
 
-    def as_weight(self, layer: Any, delta: torch.Tensor) -> torch.Tensor:
-        """ΔW (rows, cols) in the layout of the layer's weight."""
-        return (delta.t() if self.transposed else delta).reshape(layer.weight.shape)
+    def as_weight(self, delta: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """ΔW (rows, cols), or a stack, in the layout of a weight."""
+        return (delta.mT if self.transposed else delta).reshape(shape)
 
-    def as_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of the layer as a matrix (rows, cols)."""
-        rows, cols = self.shape(layer)
-        return weight.t() if self.transposed else weight.reshape(rows, cols)
-
-    def has_plain_weight(self, layer: Any) -> bool:
-        """Whether the weight is a matrix of floats: not packed by a quantisation."""
-        weight = getattr(layer, "weight", None)
-        return (
-            isinstance(weight, torch.Tensor)
-            and weight.dtype in FLOATS
-            and weight.numel() == math.prod(self.shape(layer))
-        )
+    def as_matrix(self, weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """A weight, or one matrix of a stack, as ΔW is (rows, cols)."""
+        return weight.mT if self.transposed else weight.reshape(shape)
 
 
-def _linear_forward(base: Any) -> Callable[..., torch.Tensor]:
+def _linear(base: Any) -> dict[str, Any]:
     # Only where the forward is known to be this product may it be made in one step with the adapter's.
     is_stored_transposed = base.forward is Conv1D.forward
     is_plain = is_stored_transposed or base.forward is nn.Linear.forward
@@ -85,10 +78,10 @@ def _linear_forward(base: Any) -> Callable[..., torch.Tensor]:
             y = adapter.add_to(y, x)
         return y
 
-    return forward
+    return {"forward": forward}
 
 
-def _embedding_forward(base: Any) -> Callable[..., torch.Tensor]:
+def _embedding(base: Any) -> dict[str, Any]:
     def forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = base.forward(self, ids)
         # Gemma's, Bart's and others multiply what they look up.
@@ -97,29 +90,40 @@ def _embedding_forward(base: Any) -> Callable[..., torch.Tensor]:
             y = adapter.add_rows_to(y, ids, self.padding_idx, factor)
         return y
 
-    return forward
+    return {"forward": forward}
 
 
-def _convolution_forward(base: Any) -> Callable[..., torch.Tensor]:
+def _convolution(base: Any) -> dict[str, Any]:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = base.forward(self, x)
         for adapter in self.adapter.running():
             y = adapter.add_kernel_to(y, x, self)
         return y
 
-    return forward
+    return {"forward": forward}
 
 
-LINEAR = Kind("linear", lambda layer: (layer.out_features, layer.in_features), _linear_forward)
-CONV1D = Kind("conv1d", lambda layer: (layer.nf, layer.nx), _linear_forward, transposed=True)
-EMBEDDING = Kind(
-    "embedding", lambda layer: (layer.num_embeddings, layer.embedding_dim), _embedding_forward, looks_up=True
-)
-CONVOLUTION = Kind(
-    "convolution",
-    lambda layer: (layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)),
-    _convolution_forward,
-)
+# Functions, not lambdas: a layer is pickled with its kind.
+def _linear_shape(layer: Any) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def _conv1d_shape(layer: Any) -> tuple[int, int]:
+    return layer.nf, layer.nx
+
+
+def _embedding_shape(layer: Any) -> tuple[int, int]:
+    return layer.num_embeddings, layer.embedding_dim
+
+
+def _convolution_shape(layer: Any) -> tuple[int, int]:
+    return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+LINEAR = Kind("linear", _linear_shape, _linear)
+CONV1D = Kind("conv1d", _conv1d_shape, _linear, transposed=True)
+EMBEDDING = Kind("embedding", _embedding_shape, _embedding, looks_up=True)
+CONVOLUTION = Kind("convolution", _convolution_shape, _convolution)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
@@ -143,30 +147,30 @@ def adapted_class(base: type, kind: Kind) -> type:
 
     def reduce(self: Any, _: Any) -> Any:
         # A class that is made at run time is not found by its name.
-        return _rebuild, (base, kind.name), self.__dict__
+        return _rebuild, (base, kind), self.__dict__
 
-    members = {"forward": kind.forward(base), "__reduce_ex__": reduce, "__doc__": base.__doc__}
+    members = {**kind.members(base), "__reduce_ex__": reduce, "__doc__": base.__doc__}
     made: type = type(f"Adapted{base.__name__}", (base,), {**members, "__module__": __name__, "unadapted": base})
     return made
 
 
-def _rebuild(base: type, kind: str) -> Any:
-    found = next(each for each in (LINEAR, CONV1D, EMBEDDING, CONVOLUTION) if each.name == kind)
-    made: Any = adapted_class(base, found)
+def _rebuild(base: Any, kind: Kind) -> Any:
+    made: Any = adapted_class(base, kind)
     return made.__new__(made)
 
 
-def swap_in(layer: nn.Module, kind: Kind) -> Adapters:
-    """The adapters of a layer, which has the class for them from now on."""
+def swap_in(layer: nn.Module, kind: Kind) -> None:
+    """Give a layer the class that has adapters, and a place for them."""
     if not hasattr(type(layer), "unadapted"):
-        layer.add_module(CHILD, Adapters())
+        child = nn.ModuleDict({name: Adapters() for name in kind.stacks}) if kind.stacks else Adapters()
+        layer.add_module(CHILD, child)
         base: Any = type(layer)
         layer.__class__ = adapted_class(base, kind)
-    adapters: Adapters = getattr(layer, CHILD)
-    return adapters
 
 
 def swap_out(layer: Any) -> None:
-    """Give a layer its own class back."""
+    """Give a layer its own class back, where no adapter is left."""
+    if not hasattr(type(layer), "unadapted") or any(isinstance(each, Adapter) for each in layer.modules()):
+        return
     del layer._modules[CHILD]
     layer.__class__ = type(layer).unadapted

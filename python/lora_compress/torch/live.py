@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from lora_compress._native import Checkpoint
-from lora_compress.model import Model
+from lora_compress.model import Model, stack_of
 from lora_compress.torch.layers import CHILD
 
 
@@ -26,11 +26,14 @@ class LiveTensors:
         return [SimpleNamespace(name=name, shape=shape) for name, shape in sorted(self.shapes.items())]
 
     def info(self, name: str) -> Any:
-        """Shape of a tensor."""
-        return SimpleNamespace(name=name, shape=self.shapes[name])
+        """Shape of a tensor, or of a matrix of a stack."""
+        stack = stack_of(name)
+        shape = self.shapes[stack[0]][1:] if stack else self.shapes[name]
+        return SimpleNamespace(name=name, shape=shape)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes
+        stack = stack_of(str(name))
+        return name in self.shapes if stack is None else stack[1] < self.shapes.get(stack[0], [0])[0]
 
     def __len__(self) -> int:
         return len(self.shapes)

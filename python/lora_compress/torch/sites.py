@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from lora_compress.errors import SelectionError
+from lora_compress.model import matrices
 from lora_compress.torch.adapter import Adapter, Adapters
-from lora_compress.torch.layers import CHILD, CONV1D, LINEAR, Kind, kind_of
+from lora_compress.torch.experts import stack_kind
+from lora_compress.torch.layers import CHILD, CONV1D, FLOATS, LINEAR, Kind, kind_of
 
 ALL_LINEAR = "all-linear"
 Targets = str | Callable[[str, nn.Module], bool]
@@ -26,6 +29,42 @@ class Layer:
     path: str
     module: Any
     kind: Kind
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> Any:
+        """The parameter that ΔW is added to."""
+        return self.module._parameters[self.parameter] if self.kind.stacks else self.module.weight
+
+    @property
+    def tensor(self) -> str:
+        """Its name in the model."""
+        return f"{self.path}.{self.parameter}".removeprefix(".")
+
+    @property
+    def stack(self) -> int:
+        """How many matrices it has; 0 for one that is a matrix."""
+        return int(self.weight.shape[0]) if self.kind.stacks else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of ΔW, or of each in a stack."""
+        if not self.kind.stacks:
+            return self.kind.shape(self.module)
+        rows, cols = self.weight.shape[1:]
+        return (cols, rows) if self.kind.transposed else (rows, cols)
+
+    @property
+    def place(self) -> str:
+        """Where its adapters are in the model."""
+        place = f"{self.path}.{CHILD}".removeprefix(".")
+        return f"{place}.{self.parameter}" if self.kind.stacks else place
+
+    def container(self) -> Adapters | None:
+        """Its adapters; None before the first."""
+        child: Any = self.module._modules.get(CHILD)
+        found: Adapters | None = child if child is None or not self.kind.stacks else child[self.parameter]
+        return found
 
 
 @dataclass(frozen=True)
@@ -43,21 +82,29 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of ΔW."""
-        return self.leader.kind.shape(self.leader.module)
+        return self.leader.shape
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of what is decomposed: its own, or that of every matrix of a stack."""
+        return matrices(self.tensor, self.leader.stack) if self.leader.kind.stacks else [self.tensor]
 
     @property
     def is_plain(self) -> bool:
         """Whether the weight is floats that can be read and changed."""
-        return self.leader.kind.has_plain_weight(self.leader.module)
+        weight, count = self.leader.weight, max(self.leader.stack, 1) * math.prod(self.shape)
+        return isinstance(weight, torch.Tensor) and weight.dtype in FLOATS and weight.numel() == count
 
-    def matrix(self) -> torch.Tensor:
-        """The weight (rows, cols), as the base had it. Raises `SelectionError` for a quantised one."""
+    def matrix(self, number: int = 0) -> torch.Tensor:
+        """The weight (rows, cols), or one of a stack, as the base had it. Raises `SelectionError` for a quantised
+        one.
+        """
         if not self.is_plain:
             raise SelectionError(f"`{self.tensor}` is quantised: start from `zero`, which does not read it")
-        module = self.leader.module
-        child = module._modules.get(CHILD)
-        kept = child.original if child is not None else None
-        return self.leader.kind.as_matrix(module, (module.weight if kept is None else kept).detach())
+        adapters = self.leader.container()
+        kept = adapters.original if adapters is not None else None
+        weight = (self.leader.weight if kept is None else kept).detach()
+        return self.leader.kind.as_matrix(weight[number] if self.leader.stack else weight, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +142,13 @@ class Site:
     def containers(self) -> Iterator[Adapters]:
         """The adapters of every layer that has the weight."""
         for layer in self.target.layers:
-            yield layer.module._modules[CHILD]
+            container = layer.container()
+            assert container is not None  # noqa: S101 (a site has adapters)
+            yield container
 
     def can_change(self) -> bool:
         """Whether the weight can be given other values: it is neither quantised nor sharded."""
-        return self.is_plain and not hasattr(self.target.leader.module.weight, "full_tensor")
+        return self.is_plain and not hasattr(self.target.leader.weight, "full_tensor")
 
     def refresh(self) -> None:
         """Give the weight the value that its adapters say: the base's to the bit, or
@@ -108,32 +157,31 @@ class Site:
 
         over the adapters that took their start from it and those that are merged.
         """
-        module, kind = self.target.leader.module, self.kind
-        adapters: Adapters = module._modules[CHILD]
+        weight, adapters = self.target.leader.weight, next(self.containers())
         terms = [shift for name, shift in adapters.shifts.items() if adapters[name].enabled]
         terms += [
             lambda each=adapters[name]: each.scale * each.dense() for name in adapters.merged if adapters[name].enabled
         ]
         if not terms:
             if adapters.original is not None:
-                module.weight.data = adapters.original.to(module.weight.device)
+                weight.data = adapters.original.to(weight.device)
                 adapters.original = None
             return
         if not self.can_change():
             raise SelectionError(f"`{self.tensor}` is quantised or sharded: nothing is merged into it")
         if adapters.original is None:
-            adapters.original = module.weight.data
-        original = adapters.original.to(module.weight.device)
+            adapters.original = weight.data
+        original = adapters.original.to(weight.device)
         wide = torch.promote_types(original.dtype, torch.float32)
         total = original.to(wide, copy=True)
         with torch.no_grad():
             for term in terms:
-                total += kind.as_weight(module, term().to(device=total.device, dtype=wide))
-        module.weight.data = total.to(original.dtype)
+                total += self.kind.as_weight(term().to(device=total.device, dtype=wide), total.shape)
+        weight.data = total.to(original.dtype)
 
 
 def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
-    """The weights that are asked for, in the model's order.
+    """The weights that are asked for, in the model's order, stacked experts last.
 
     "all-linear": every linear layer but the output head; else a regular expression that is searched in the paths of
     layers, or a function of path and layer. A weight that several layers share is one target, whichever was named.
@@ -141,15 +189,21 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
     """
     layers = [Layer(path, module, kind) for path, module in model.named_modules() if (kind := kind_of(module))]
     layers = [layer for layer in layers if not _is_bypassed(model, layer.path)]
+    layers += [
+        Layer(path, module, kind, name)
+        for path, module in model.named_modules()
+        if (kind := stack_kind(path, module))
+        for name in kind.stacks
+    ]
     owners: dict[int, list[Layer]] = {}
     for layer in layers:
-        owners.setdefault(id(layer.module.weight), []).append(layer)
+        owners.setdefault(id(layer.weight), []).append(layer)
     wanted = _chooser(model, targets)
     chosen = [tied for tied in owners.values() if any(wanted(layer) for layer in tied)]
     if not chosen:
         raise SelectionError(f"no layer that takes an adapter matches {targets!r}")
     for tied in chosen:
-        if len({(layer.kind.shape(layer.module), layer.kind.transposed) for layer in tied}) > 1:
+        if len({(layer.shape, layer.kind.transposed) for layer in tied}) > 1:
             raise SelectionError(f"`{tied[0].path}` and `{tied[1].path}` share a weight and read it differently")
         if taken := [layer.path for layer in tied if "forward" in vars(layer.module)]:
             raise SelectionError(
@@ -158,7 +212,7 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
             )
         if taken := [layer.path for layer in tied if hasattr(layer.module, CHILD) and not _has_adapters(layer)]:
             raise SelectionError(f"`{taken[0]}` has an attribute `{CHILD}` of its own")
-    return [Target(tied[0].path + WEIGHT if tied[0].path else "weight", tuple(tied)) for tied in chosen]
+    return [Target(tied[0].tensor, tuple(tied)) for tied in chosen]
 
 
 def _chooser(model: nn.Module, targets: Targets) -> Callable[[Layer], bool]:
@@ -166,16 +220,14 @@ def _chooser(model: nn.Module, targets: Targets) -> Callable[[Layer], bool]:
         return lambda layer: bool(targets(layer.path, layer.module))
     if targets != ALL_LINEAR:
         pattern = re.compile(targets)
-        return lambda layer: pattern.search(layer.path) is not None
+        return lambda layer: pattern.search(layer.tensor.removesuffix(WEIGHT)) is not None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return lambda layer: (
-        layer.kind in (LINEAR, CONV1D) and layer.module is not head and id(layer.module.weight) not in tables
-    )
+    return lambda layer: layer.kind in (LINEAR, CONV1D) and layer.module is not head and id(layer.weight) not in tables
 
 
 def _has_adapters(layer: Layer) -> bool:
-    return isinstance(layer.module._modules.get(CHILD), Adapters)
+    return hasattr(type(layer.module), "unadapted")
 
 
 def _is_bypassed(model: nn.Module, path: str) -> bool:

@@ -1,0 +1,105 @@
+"""Experts that one parameter holds as a stack: trained, merged, and stored as PEFT has them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lora_compress
+import pytest
+import torch
+from lora_compress import SelectionError
+from lora_compress.torch import attach
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests.torch.test_inputs_loaded import experts, stored
+from tests.torch.test_peft_loads import assert_all_keys_are_used
+from tests.torch.training import all_plugins, stir
+
+IDS = torch.arange(24)[None] * 7 % 40
+STACKS = r"experts\.(gate_up|down)_proj"
+KINDS = pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+
+
+@pytest.fixture(autouse=True)
+def _plugins() -> Iterator[None]:
+    with all_plugins():
+        yield
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS).logits
+    return result
+
+
+@KINDS
+@pytest.mark.parametrize("decomposition", ["ab", "abc", "abc-shared-input", "tensor-train", "lokr"])
+def test_a_stack_is_what_it_merges_to(kind: str, decomposition: str) -> None:
+    model = experts(kind).eval()
+    keys, before = list(model.state_dict()), logits(model)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    adapters = attach(model, decomposition, 3, targets=STACKS)
+    assert torch.equal(logits(model), before)
+    assert len(adapters.sites) == 4
+    model(IDS, labels=IDS).loss.backward()
+    assert any(float(factor.grad.abs().max()) > 0 for factor in adapters.parameters() if factor.grad is not None)
+    stir(adapters, size=0.3)
+    beside = logits(model)
+    assert (beside - before).abs().max() > 1e-3
+    assert torch.equal(logits(copy.deepcopy(model)), beside)
+    adapters.merge()
+    assert torch.allclose(logits(model), beside, atol=1e-5)
+    with adapters.disabled():
+        assert torch.equal(logits(model), before)
+    adapters.detach()
+    assert torch.equal(logits(model), before)
+    assert list(model.state_dict()) == keys
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+@KINDS
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"decomposition": "abc"}])
+def test_peft_and_our_merge_read_stacks(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = experts(kind).eval()
+    base = stored(model, {name: each.clone() for name, each in model.state_dict().items()}, tmp_path / "base")
+    untouched = copy.deepcopy(model)
+    adapters = attach(model, rank=3, targets=rf"{STACKS}|q_proj", **options)
+    stir(adapters, size=0.3)
+    beside = logits(model)
+    adapters.save(tmp_path / "adapter", base=base)
+    theirs = PeftModel.from_pretrained(untouched, str(tmp_path / "adapter")).eval()
+    assert_all_keys_are_used(theirs, tmp_path / "adapter")
+    # Sums of 24 products in two layers, of logits below 1.
+    assert torch.allclose(logits(theirs), beside, atol=1e-5)
+    lora_compress.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    adapters.merge()
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if ".adapter." not in name:
+            assert torch.allclose(merged[name], tensor, atol=64 * 2.0**-24 * float(tensor.abs().max())), name
+
+
+@KINDS
+def test_stacks_are_loaded_again(kind: str, tmp_path: Path) -> None:
+    model = experts(kind).eval()
+    for number, form in enumerate(("peft", "factors")):
+        adapters = attach(model, rank=3, targets=STACKS, scale=0.5)
+        stir(adapters, size=0.3)
+        beside = logits(model)
+        adapters.save(tmp_path / str(number), format=form)
+        stir(adapters, seed=1)
+        adapters.load(tmp_path / str(number))
+        assert torch.equal(logits(model), beside)
+        adapters.detach()
+        again = attach(model, init=tmp_path / str(number), scale=0.5)
+        assert torch.equal(logits(model), beside)
+        again.detach()
+
+
+def test_experts_have_no_dropout() -> None:
+    with pytest.raises(SelectionError, match="no input of its own"):
+        attach(experts("gpt_oss"), targets=STACKS, dropout=0.1)
