@@ -257,6 +257,7 @@ CONFIGURATIONS: dict[str, tuple[Any, str]] = {
     "deep": (b"[" * 1_000_000, "is not valid JSON"),
     "a list": (b"[]", "does not hold a JSON object"),
     "not a number": (b'{"peft_type": "LORA", "r": NaN}', "is not valid JSON"),
+    "half a character": (b'{"peft_type": "LORA", "alpha_pattern": {"w\\ud800": 2}}', "is not valid JSON"),
     "a rank of none": ({"r": 0}, "r is 0"),
     "a rank of all": ({"r": 2**63}, "r is 9223372036854775808"),
     "another rank": ({"r": 3}, "the rank 3"),

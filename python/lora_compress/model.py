@@ -218,6 +218,9 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises `CheckpointError` for anything else."""
     try:
         value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\u" in content:
+            # JSON can escape half a character, which is in no name and in no file that is written.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}") from error
     if not isinstance(value, dict):
