@@ -61,8 +61,8 @@ lint-rust:
 
 .PHONY: lint-python
 lint-python: build .venv/dev
-	$(BIN)/ruff format --check --quiet python plugins tests tools benchmarks
-	$(BIN)/ruff check --quiet python plugins tests tools benchmarks
+	$(BIN)/ruff format --check --quiet python plugins tests tools benchmarks examples
+	$(BIN)/ruff check --quiet python plugins tests tools benchmarks examples
 	$(BIN)/mypy
 	@for plugin in plugins/*/; do \
 	  (cd $$plugin && MYPYPATH=src $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml src tests) || exit 1; \
@@ -158,8 +158,8 @@ bench-resize: build $(TORCH_ENV)/bench-ready  ## Resizing an adapter of an 8B mo
 .PHONY: format
 format: .venv/dev  ## Format Rust and Python
 	cargo fmt --all
-	$(BIN)/ruff format --quiet python plugins tests tools benchmarks
-	$(BIN)/ruff check --quiet --fix python plugins tests tools benchmarks
+	$(BIN)/ruff format --quiet python plugins tests tools benchmarks examples
+	$(BIN)/ruff check --quiet --fix python plugins tests tools benchmarks examples
 
 .PHONY: help-check
 help-check: build  ## Time `lora-compress --help`

@@ -1,0 +1,82 @@
+"""Checkpoints without the base: what is in them, and that nothing else of the model changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_compress.torch import attach
+from lora_compress.torch.checkpoints import base_names
+from lora_compress.torch.hf_trainer import AdapterCheckpoints
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tests.torch.training import IDS, all_plugins, tiny_llama
+
+DATA = [{"input_ids": (IDS[0] + n) % 60, "labels": (IDS[0] + n) % 60} for n in range(8)]
+
+
+def trainer(model: Any, folder: Path, *callbacks: Any, **options: Any) -> Any:
+    options = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, **options}
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=2, report_to="none", **options)
+    return Trainer(
+        model, arguments, train_dataset=DATA, eval_dataset=DATA, callbacks=[AdapterCheckpoints(), *callbacks]
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_factors_are_kept_and_what_else_is_trained(tied: bool) -> None:
+    model = tiny_llama(tied=tied)
+    with all_plugins():
+        adapters = attach(model, "abc", 4, init="lora-xs")
+    model.model.norm.weight.requires_grad_(requires_grad=True)
+    kept = {*model.state_dict()} - base_names(model)
+    assert kept == {*adapters.state_dict(), "model.norm.weight"}
+
+
+def test_the_best_checkpoint_is_loaded_and_the_model_is_saved_whole_afterwards(tmp_path: Path) -> None:
+    model = tiny_llama()
+    whole = {*model.state_dict()}
+    adapters = attach(model, rank=4)
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    run = trainer(model, tmp_path / "run", load_best_model_at_end=True, **best)
+    run.train()
+    checkpoint = load_file(Path(run.state.best_model_checkpoint) / "model.safetensors")
+    assert {*checkpoint} == {*adapters.state_dict()}
+    assert all(torch.equal(each, checkpoint[name]) for name, each in adapters.state_dict().items())
+    adapters.merge()
+    adapters.detach()
+    model.save_pretrained(tmp_path / "saved")
+    assert {*load_file(tmp_path / "saved" / "model.safetensors")} == whole
+
+
+class Interruption(TrainerCallback):
+    """A power cut after three steps."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"dropout": 0.1}])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(options: dict[str, Any], tmp_path: Path) -> None:
+    def losses(run: Any) -> list[float]:
+        return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+    model = tiny_llama()
+    adapters = attach(model, rank=4, **options)
+    undisturbed = trainer(model, tmp_path / "undisturbed", max_steps=6)
+    undisturbed.train()
+    broken = tiny_llama()
+    attach(broken, rank=4, **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(broken, tmp_path / "run", Interruption(), max_steps=6).train()
+    assert not broken._keys_to_ignore_on_save
+    again = tiny_llama()
+    resumed = attach(again, rank=4, **options)
+    run = trainer(again, tmp_path / "run", max_steps=6)
+    run.train(resume_from_checkpoint=True)
+    assert losses(run) == losses(undisturbed)
+    assert all(torch.equal(each, adapters.state_dict()[name]) for name, each in resumed.state_dict().items())
