@@ -9,6 +9,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,12 @@ def read(path: Path) -> Plan:
             tuned_bytes=_count(data, "tuned_bytes"),
             seconds=_number(data, "seconds"),
         )
-        return plan.choose(plan.choice)
+        # What was noted is no opinion; what is recognised from the spectra is recognised again.
+        said = {*recognise(plan).warnings}
+        notes = tuple(note for note in _list(data, "warnings") if note not in said)
+        if not all(isinstance(note, str) and _is_unicode(note) for note in notes):
+            raise PlanError("`warnings` is not a list of texts")
+        return replace(plan.choose(plan.choice), notes=notes)
     except PlanError as error:
         raise PlanError(f"`{path}`: {error}") from error
     except (KeyError, TypeError, ValueError, LoraCompressError) as error:

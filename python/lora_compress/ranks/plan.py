@@ -24,6 +24,9 @@ from lora_compress.ranks.weights import weigh
 # what two files take beside their entries.
 ENTRY = 125
 FILES = 1024
+# In `options`, of a plan whose spectra are of gradients instead of ΔW (`lora_compress.torch.suggest`): it says what to
+# train and belongs to no pair of checkpoints, so its fingerprints are none.
+GRADIENTS, NO_CHECKPOINT = "gradients", "0" * 64
 
 
 @dataclass(frozen=True)

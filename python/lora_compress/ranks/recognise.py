@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_compress.ranks.text import some
+
 if TYPE_CHECKING:
     from lora_compress.ranks.plan import Plan
 
@@ -68,14 +70,9 @@ def recognise(plan: Plan) -> Recognition:
     else:
         noisy = [tensor.name for tensor in plan.low_rank if tensor.spectrum and tensor.spectrum.noise_share >= NOISY]
         if noisy:
-            warnings.append(f"{_some(noisy)}: more than half of ΔW is rounding noise")
+            warnings.append(f"{some(noisy)}: more than half of ΔW is rounding noise")
     return Recognition(merged, noise, relative, tuple(warnings))
 
 
 def _dtypes(plan: Plan) -> str:
     return " and ".join(sorted({tensor.dtype for tensor in plan.low_rank}))
-
-
-def _some(names: list[str]) -> str:
-    listed = ", ".join(f"`{name}`" for name in names[:3])
-    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"

@@ -1,7 +1,8 @@
 """What needs PyTorch and transformers (`pip install 'lora-compress[torch]'`): nothing else of this package imports
 them.
 
-`attach` gives a model adapters of any decomposition to train; `AdapterSet` is what it returns.
+`attach` gives a model adapters of any decomposition to train; `AdapterSet` is what it returns. `suggest` says which
+ranks to train with.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_compress.torch.adapter_set import AdapterSet
     from lora_compress.torch.install import attach
+    from lora_compress.torch.suggestion import suggest
 
-__all__ = ["AdapterSet", "attach"]
+__all__ = ["AdapterSet", "attach", "suggest"]
 
-_HOME = {"AdapterSet": "adapter_set", "attach": "install"}
+_HOME = {"AdapterSet": "adapter_set", "attach": "install", "suggest": "suggestion"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from lora_compress._native import check_finite, energies, same_bytes
 from lora_compress.adapter import Format, stores_factors
 from lora_compress.errors import PlanError, SelectionError, TensorError
 from lora_compress.model import FLOATS, HEAD, WEIGHT, Model, last_component
+from lora_compress.ranks.plan import GRADIENTS
 from lora_compress.verbs.account import TensorAccount
 from lora_compress.verbs.align import open_pair
 from lora_compress.verbs.parallel import ordered_map
@@ -47,6 +48,8 @@ class Options:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Options:
         """As read from a plan. Raises `PlanError`."""
+        if stored.get("spectra") == GRADIENTS:
+            raise PlanError("the plan is of gradients, to train with: plan from base and tuned to extract")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
         }
