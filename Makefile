@@ -128,7 +128,7 @@ $(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
 	$(TORCH_ENV)/bin/pip install --quiet gguf sentencepiece
 	touch $@
 
-.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training
+.PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training bench-gpu bench-loss bench-suggest
 bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training  ## Measure everything against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
 	$(BENCH)/kernels.py --json $(BENCH_JSON)
@@ -142,9 +142,20 @@ bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL
 	$(BENCH)/ranks/scales.py --cache $(CACHE) --json $(BENCH_JSON)
 	$(BENCH)/planning.py --work $(CACHE)/bench --json $(BENCH_JSON)
 
+bench-suggest: build $(TORCH_ENV)/bench-rank-ready  ## Whether ranks from gradients help to train (an hour on a CPU)
+	$(BENCH)/suggesting.py --cache $(CACHE) --task smollm2 --steps 40 --seeds 1 --json $(BENCH_JSON)
+	$(BENCH)/suggesting.py --cache $(CACHE) --task minilm --steps 60 --seeds 3 --json $(BENCH_JSON)
+
 PLUGINS := python:$(subst $() ,:,$(patsubst %,%src,$(wildcard plugins/*/)))
 bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decomposition at equal bytes on real fine-tunes, and how long each takes (an hour)
 	PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks/three_factors.py --cache $(CACHE) --work $(CACHE)/bench --json $(BENCH_JSON)
+
+# Sizes of 1B, 3B and 8B where there is a GPU, a tiny one where there is none.
+BENCH_TRAINING := PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks
+bench-gpu: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Training steps against PEFT's and a frozen model's
+	$(BENCH_TRAINING)/training.py --json $(BENCH_JSON)
+bench-loss: build $(TORCH_ENV)/bench-rank-ready  ## Loss curves of pairs, three factors and a tensor train (half an hour)
+	$(BENCH_TRAINING)/loss_curves.py --cache $(CACHE) --json $(BENCH_JSON)
 
 bench-merge: build $(TORCH_ENV)/bench-ready  ## Merging, against PEFT and a copy of the base
 	$(BENCH)/merging.py --work $(CACHE)/bench --json $(BENCH_JSON)

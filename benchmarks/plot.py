@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # Colours that differ for readers who see red and green alike (Okabe & Ito 2008).
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#999999")
@@ -13,7 +13,18 @@ GAP = 24
 Panel = tuple[str, Mapping[str, Sequence[tuple[float, float]]]]
 
 
-def line_chart(panels: Sequence[Panel], x_title: str, y_title: str, most: float, columns: int = 2) -> str:
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
+
+
+def line_chart(
+    panels: Sequence[Panel],
+    x_title: str,
+    y_title: str,
+    most: float,
+    columns: int = 2,
+    x_label: Callable[[float], str] = _bytes,
+) -> str:
     """An SVG document: a panel for each title, a line for each name, one legend for all. Values above `most` are drawn
     at the top.
     """
@@ -30,7 +41,7 @@ def line_chart(panels: Sequence[Panel], x_title: str, y_title: str, most: float,
     for number, panel in enumerate(panels):
         x = (number % columns) * (WIDTH + LEFT + GAP) + LEFT
         y = (number // columns) * (HEIGHT + TOP + 2 * GAP) + TOP
-        parts += _panel(panel, x, y, colours, x_title, y_title, most)
+        parts += _panel(panel, x, y, colours, (x_title, y_title), most, x_label)
     for number, (name, colour) in enumerate(colours.items()):
         x, y = LEFT + (number % 4) * (width - LEFT) // 4, rows * (HEIGHT + TOP + 2 * GAP) + 22 * (number // 4) + 16
         parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="2"/>')
@@ -43,9 +54,15 @@ def _reference_first(name: str) -> tuple[bool, str]:
 
 
 def _panel(
-    panel: Panel, x: int, y: int, colours: Mapping[str, str], x_title: str, y_title: str, most: float
+    panel: Panel,
+    x: int,
+    y: int,
+    colours: Mapping[str, str],
+    axes: tuple[str, str],
+    most: float,
+    x_label: Callable[[float], str],
 ) -> list[str]:
-    title, lines = panel
+    (title, lines), (x_title, y_title) = panel, axes
     points = [point for line in lines.values() for point in line]
     low_x, high_x = min(p[0] for p in points), max(p[0] for p in points)
     low_y = min(p[1] for p in points)
@@ -65,7 +82,7 @@ def _panel(
     for value in _decades(low_x, high_x):
         at = place((value, high_y))[0]
         parts.append(f'<line x1="{at}" x2="{at}" y1="{y}" y2="{y + HEIGHT}" stroke="#eeeeee"/>')
-        parts.append(f'<text x="{at}" y="{y + HEIGHT + 16}" text-anchor="middle">{_bytes(value)}</text>')
+        parts.append(f'<text x="{at}" y="{y + HEIGHT + 16}" text-anchor="middle">{x_label(value)}</text>')
     for value in _decades(low_y, high_y):
         at = place((low_x, value))[1]
         parts.append(f'<line x1="{x}" x2="{x + WIDTH}" y1="{at}" y2="{at}" stroke="#eeeeee"/>')
@@ -80,11 +97,10 @@ def _panel(
 
 def _decades(low: float, high: float) -> list[float]:
     """Powers of ten, and round numbers between them where few of those fit."""
+    if high / low < 2:
+        step = 10.0 ** math.floor(math.log10(high - low))
+        return [round(n * step, 9) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
     steps = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 100 else (1,)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
     return [value for value in values if low <= value <= high]
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"

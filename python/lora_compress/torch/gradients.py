@@ -135,7 +135,9 @@ def _visit(
         if target.tensor not in sums:
             shape = 2, target.shape[1 if transposed else 0], columns.shape[1]
             sums[target.tensor] = torch.zeros(shape, dtype=columns.dtype, device=columns.device)
-        _add_product(sums[target.tensor][half], layer, x, dy, columns, transposed=transposed)
+        # Products are float32's even where somebody calls all of this under autocast.
+        with torch.autocast(dy.device.type, enabled=False):
+            _add_product(sums[target.tensor][half], layer, x, dy, columns, transposed=transposed)
 
     # Dropout is the same at every visit, so that all of them see one gradient.
     with _tapped(model, targets, receive), torch.random.fork_rng(), torch.enable_grad():
