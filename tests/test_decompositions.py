@@ -216,7 +216,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     [
         (lambda config, _: config.update(schema_version=2), "schema version 2"),
         (lambda config, _: config.update(schema_version=True), "schema version True"),
-        (lambda config, _: config["groups"][0].update(tensors=["\ud800"]), "no list of tensors"),
+        (lambda config, _: config["groups"][0].update(tensors=["\ud800"]), "not valid JSON"),
         (lambda config, tensors: tensors.update({f"0:{Q}": np.zeros((24, 3), np.int64)}), "is I64, no float"),
         (lambda config, _: config.update(groups=None), "no list of groups"),
         (lambda config, _: config["groups"].insert(0, 3), "group 0 is no object"),

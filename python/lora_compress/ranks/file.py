@@ -132,7 +132,7 @@ def read(path: Path) -> Plan:
         # What was noted is no opinion; what is recognised from the spectra is recognised again.
         said = {*recognise(plan).warnings}
         notes = tuple(note for note in _list(data, "warnings") if note not in said)
-        if not all(isinstance(note, str) and _is_unicode(note) for note in notes):
+        if not all(isinstance(note, str) for note in notes):
             raise PlanError("`warnings` is not a list of texts")
         return replace(plan.choose(plan.choice), notes=notes)
     except PlanError as error:
@@ -210,18 +210,9 @@ def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _text(data: Any, key: str) -> str:
     value = data[key]
-    if not isinstance(value, str) or not _is_unicode(value):
+    if not isinstance(value, str):
         raise PlanError(f"`{key}` is not text")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written: JSON has halves of characters that nothing else has."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _list(data: Any, key: str) -> list[Any]:

@@ -81,17 +81,12 @@ def _group(path: Path, number: int, group: Any) -> tuple[Network, list[str]]:
     if not isinstance(group, dict):
         raise AdapterError(f"`{path}`: group {number} is no object")
     tensors, contraction = group.get("tensors"), group.get("contraction")
-    if not isinstance(tensors, list) or not tensors or not all(map(_is_name, tensors)):
+    if not isinstance(tensors, list) or not tensors or not all(isinstance(name, str) for name in tensors):
         raise AdapterError(f"`{path}`: group {number} has no list of tensors")
     try:
         return Network.parse(str(contraction)), tensors
     except ValueError as error:
         raise AdapterError(f"`{path}`: the contraction of group {number} cannot be read: {error}") from error
-
-
-def _is_name(name: object) -> bool:
-    """JSON can hold halves of characters, which no file name or tensor name can."""
-    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _check(file: Checkpoint, network: Network, names: list[str], tensor: str, base: Model) -> None:
