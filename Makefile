@@ -144,7 +144,7 @@ bench-rank: build $(TORCH_ENV)/bench-rank-ready  ## Ranks on real fine-tunes: KL
 
 bench-suggest: build $(TORCH_ENV)/bench-rank-ready  ## Whether ranks from gradients help to train (an hour on a CPU)
 	$(BENCH)/suggesting.py --cache $(CACHE) --task smollm2 --steps 40 --seeds 1 --json $(BENCH_JSON)
-	$(BENCH)/suggesting.py --cache $(CACHE) --task minilm --steps 60 --seeds 3 --json $(BENCH_JSON)
+	$(BENCH)/suggesting.py --cache $(CACHE) --task minilm --steps 60 --seeds 2 --json $(BENCH_JSON)
 
 PLUGINS := python:$(subst $() ,:,$(patsubst %,%src,$(wildcard plugins/*/)))
 bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decomposition at equal bytes on real fine-tunes, and how long each takes (an hour)

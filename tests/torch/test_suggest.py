@@ -20,6 +20,7 @@ from lora_compress.torch.suggestion import descending
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.torch.test_inputs_loaded import experts
 from tests.torch.training import layers, tiny_llama
 
 BATCHES = [{"input_ids": ids, "labels": ids} for ids in torch.arange(6 * 16).view(6, 1, 16) ** 2 % 60]
@@ -54,8 +55,7 @@ def dense(
             loss(model, double(batch)).backward()
         halves.append(
             [
-                target.leader.kind.as_matrix(target.leader.module, target.leader.module.weight.grad)
-                / len(batches[half::2])
+                target.leader.kind.as_matrix(target.leader.weight.grad, target.shape) / len(batches[half::2])
                 for target in found
             ]
         )
@@ -335,6 +335,14 @@ def test_refusals(options: dict[str, Any], says: str) -> None:
         suggest(model, **{"batches": BATCHES, "targets": ALL_LINEAR, **options})
     assert all(each.requires_grad for each in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_stacked_experts_are_refused_and_what_is_beside_them_is_not() -> None:
+    model = experts("gpt_oss")
+    with pytest.raises(SelectionError, match="experts"):
+        suggest(model, BATCHES, targets=r"experts\.")
+    batches = [{name: ids % 40 for name, ids in batch.items()} for batch in BATCHES]
+    assert not any("experts" in tensor.name for tensor in suggest(model, batches, rank=2).tensors)
 
 
 def test_options_out_of_range() -> None:

@@ -70,8 +70,7 @@ def measure(
     }
     visit = partial(_visit, model, batches=batches, loss=loss, seed=seed)
     starts = {
-        target.tensor: random[target.shape].to(_device(target), _wide(target.leader.module.weight))
-        for target in targets
+        target.tensor: random[target.shape].to(_device(target), _wide(target.leader.weight)) for target in targets
     }
     first = visit(targets, thin=starts, transposed=False)
     if not first:
@@ -155,7 +154,7 @@ def _add_product(
     total: torch.Tensor, layer: Layer, x: torch.Tensor, dy: torch.Tensor, thin: torch.Tensor, *, transposed: bool
 ) -> None:
     """total += G·thin, or Gᵀ·thin, of one call of a layer."""
-    rows, cols = layer.kind.shape(layer.module)
+    rows, cols = layer.shape
     if layer.kind is CONVOLUTION:
         gradient = _kernel_gradient(layer, x, dy).reshape(rows, cols).to(thin.dtype)
         total += (gradient.t() if transposed else gradient) @ thin
@@ -184,7 +183,7 @@ def _add_product(
 def _kernel_gradient(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """The gradient of a convolution's weight itself: kernels are small, and one is held at a time."""
     with torch.enable_grad():
-        weight = layer.module.weight.detach().requires_grad_()
+        weight = layer.weight.detach().requires_grad_()
         y = layer.module._conv_forward(x.detach().to(weight.dtype), weight, None)
     gradient: torch.Tensor = torch.autograd.grad(y, weight, dy.to(y.dtype))[0]
     return gradient
@@ -243,7 +242,7 @@ def _input_embeddings(model: Any) -> nn.Module | None:
 
 
 def _device(target: Target) -> torch.device:
-    device: torch.device = target.leader.module.weight.device
+    device: torch.device = target.leader.weight.device
     return device
 
 

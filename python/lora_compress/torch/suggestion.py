@@ -79,8 +79,8 @@ def suggest(
 
     Raises
     ------
-    SelectionError when no layer is found or reached, a gradient is not finite, or the budget is too small;
-    `ValueError` for options out of range.
+    SelectionError when no layer is found or reached, stacked experts are asked for, a gradient is not finite, or the
+    budget is too small; `ValueError` for options out of range.
     """
     if rank is not None and (rank < 1 or budget is not None):
         raise ValueError(f"rank ({rank}) is at least 1, and not given together with a budget")
@@ -91,6 +91,10 @@ def suggest(
         raise SelectionError(f"{len(taken)} of batches: at least two are needed, of which one judges the other")
     started = time.perf_counter()
     found = find_targets(model, targets)
+    if stacks := [target.tensor for target in found if target.leader.stack]:
+        raise SelectionError(
+            f"`{stacks[0]}` is a stack of experts, whose inputs nobody sees: leave it out of `targets`"
+        )
     units = {target.tensor: sum(target.shape) * dtype.itemsize for target in found}
     even = rank or (RANK if budget is None else math.ceil(parse_size(budget) / sum(units.values())))
     most = min(max(GROWTH * even, LEAST), max(min(target.shape) for target in found))
@@ -127,7 +131,7 @@ def _tensor(target: Target, unit: int, halves: Halves | None, most: int) -> Tens
     """A tensor's σ, squared: what its directions are worth in other batches. Its energy has the noise, as the gradients
     that an optimizer divides by have: a matrix of much noise and little else is worth little by any weights.
     """
-    weight = target.leader.module.weight
+    weight = target.leader.weight
     shape = tuple(weight.shape) if target.is_plain else target.shape
     plain: dict[str, Any] = {
         "dtype": DTYPES.get(weight.dtype, "U8"),
