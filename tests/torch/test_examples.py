@@ -31,8 +31,10 @@ def main_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         found: Main = import_module(name).main
         return found
 
+    # It is one for each process, and holds the precision that whoever trained last has asked for: an example, or
+    # the Trainer of another file.
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield find
-    # It is one for each process, and holds the precision that the last example has asked for.
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
