@@ -43,7 +43,20 @@ class Adapter:
 
     def tensors(self) -> set[str]:
         """Names of all tensors of the base that the adapter changes."""
-        return {*self.low_rank, *self.computed, *self.replacements, *self.new_rows}
+        return {*self.factored(), *self.replacements, *self.new_rows}
+
+    def factored(self) -> set[str]:
+        """Names of the tensors that get a ΔW of factors, stored or computed."""
+        return {*self.low_rank, *self.computed}
+
+    def terms(self, tensor: str) -> list[tuple[Float32Matrix, Float32Matrix] | Float32Matrix]:
+        """What is added to a tensor, with its scale: pairs (B, A), or whole matrices of decompositions that have no
+        small pair. Raises as reading does.
+        """
+        return [
+            *(term.factors() for term in self.low_rank.get(tensor, ())),
+            *(compute() for compute in self.computed.get(tensor, ())),
+        ]
 
     def update(self, tensor: str) -> Update:
         """What the adapter does to one tensor."""

@@ -122,12 +122,10 @@ class Adapted:
             weight = weight_of(name)
             weight.copy_(torch.from_numpy(checkpoint.read(key)).to(weight))
         self._terms: list[tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = []
-        for name in sorted({*adapter.low_rank, *adapter.computed}):
+        for name in sorted(adapter.factored()):
             # A kernel as the matrix that its factors multiply to.
             weight = weight_of(name).flatten(1)
-            terms: list[Any] = [term.factors() for term in adapter.low_rank.get(name, ())]
-            terms += [compute() for compute in adapter.computed.get(name, ())]
-            for term in terms:
+            for term in adapter.terms(name):
                 arrays = term if isinstance(term, tuple) else (term,)
                 values = tuple(torch.from_numpy(array).to(weight) for array in arrays)
                 self._terms.append((last_component(name), weight, values))

@@ -57,15 +57,15 @@ class Stored:
 
     def names(self) -> list[str]:
         """The tensors that it has a ΔW of."""
-        return sorted({*self.adapter.low_rank, *self.adapter.computed})
+        return sorted(self.adapter.factored())
 
     def pair(self, tensor: str, *, transposed: bool) -> tuple[Factor, Factor] | None:
         """B and A of a tensor side by side, as float32; None where ΔW is stored otherwise."""
-        found: list[Any] = [term.factors() for term in self.adapter.low_rank.get(tensor, ())]
-        found += [compute() for compute in self.adapter.computed.get(tensor, ())]
-        if not found or not all(isinstance(each, tuple) for each in found):
+        found = self.adapter.terms(tensor)
+        pairs = [each for each in found if isinstance(each, tuple)]
+        if not pairs or len(pairs) < len(found):
             return None
-        b, a = np.hstack([each[0] for each in found]), np.vstack([each[1] for each in found])
+        b, a = np.hstack([left for left, _ in pairs]), np.vstack([right for _, right in pairs])
         return (a.T, b.T) if transposed else (b, a)
 
     def dense(self, tensor: str, *, transposed: bool) -> Factor:
@@ -73,10 +73,7 @@ class Stored:
         pair = self.pair(tensor, transposed=transposed)
         if pair is not None:
             return pair[0] @ pair[1]
-        made = sum(
-            each[0] @ each[1] if isinstance(each, tuple) else each
-            for each in (compute() for compute in self.adapter.computed[tensor])
-        )
+        made = sum(each[0] @ each[1] if isinstance(each, tuple) else each for each in self.adapter.terms(tensor))
         return np.asarray(made).T if transposed else np.asarray(made)
 
     def factors(

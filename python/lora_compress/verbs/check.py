@@ -288,7 +288,7 @@ def fix(
     check(adapter, consumer)
     wanted, model = CONSUMERS[consumer], Model.open(base)
     part = read_adapter(adapter, model)
-    names = sorted({*part.low_rank, *part.computed})
+    names = sorted(part.factored())
     left_out = [name for name in names if is_embedding(name) or last_component(name) == HEAD]
     rank = max(_facts(resolve(adapter)).ranks.values(), default=1)
     wishes: dict[str, Any] = {"layout": wanted.layout, "rank": rank} if wanted.layout else {}

@@ -166,7 +166,7 @@ def combine(
         check_made_for(model, parts)
     tied = model.tied_embedding() if tied_head else None
     left_out = matching("--exclude", exclude, sorted({name for part in parts for name in part.tensors()}))
-    factored = {name for part in parts for name in (*part.low_rank, *part.computed)}
+    factored = {name for part in parts for name in part.factored()}
     names = sorted(factored - left_out)
     if choice.layout == "uniform":
         names = sorted([*names, *_same_kind(model, names, left_out)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class Sum:
         """All adapters' factors, weights in the left ones."""
         left, right = map(list, zip(empty(*self._shapes[tensor]), strict=True))
         for part, weight in zip(self._parts, self._weights, strict=True):
-            for pair in _terms(part, tensor):
+            for pair in part.terms(tensor):
                 if not isinstance(pair, tuple):
                     # A decomposition without a small pair: ΔW itself beside an identity, the smaller way round.
                     identity = np.eye(min(pair.shape), dtype=np.float32)
@@ -172,18 +172,10 @@ class Consensus:
         """The adapters that change the tensor, by number."""
         vectors = {}
         for number, part in enumerate(self._parts):
-            terms = _terms(part, tensor)
+            terms = part.terms(tensor)
             pairs = [empty(*self._shapes[tensor]), *(term for term in terms if isinstance(term, tuple))]
             whole = [term for term in terms if not isinstance(term, tuple)]
             if terms:
                 b, a = zip(*pairs, strict=True)
                 vectors[number] = TaskVector(np.hstack(b), np.vstack(a), whole)
         return vectors
-
-
-def _terms(part: Adapter, tensor: str) -> list[Any]:
-    """What an adapter adds to a tensor: pairs (B, A), or whole matrices of decompositions that have no small pair."""
-    return [
-        *(term.factors() for term in part.low_rank.get(tensor, ())),
-        *(compute() for compute in part.computed.get(tensor, ())),
-    ]

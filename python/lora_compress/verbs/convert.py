@@ -162,7 +162,7 @@ def _pairs(path: Path, part: Adapter, to: str) -> list[StoredPair]:
         )
     file = Checkpoint(kohya.file_of(path) or weights_of(path))
     pairs = []
-    for name in sorted({*part.low_rank, *part.computed}):
+    for name in sorted(part.factored()):
         stored_terms, made = part.low_rank.get(name, ()), part.computed.get(name, ())
         if len(stored_terms) + len(made) > 1:
             raise SelectionError(f"`{path}` has several pairs of factors for `{name}`: `combine` makes one of them")
