@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Checkpoint, same_bytes
+from lora_compress._native import Checkpoint, fingerprint, same_bytes
 from lora_compress.errors import CheckpointError
 from lora_compress.hub import resolve
 
@@ -79,8 +79,17 @@ class Model:
         if not path.exists():
             raise FileNotFoundError(2, "No such file or directory", str(path))
         checkpoint = Checkpoint(path)
-        folder = path if path.is_dir() else path.parent
-        return cls(path, checkpoint, read_json(folder / CONFIG))
+        return cls(path, checkpoint, read_json(_folder(path) / CONFIG))
+
+    @property
+    def folder(self) -> Path:
+        """The directory of its files."""
+        return _folder(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest by which an adapter knows its base: names, dtypes, shapes and a sample of the values."""
+        return fingerprint(self.checkpoint)
 
     @property
     def architecture(self) -> str:
@@ -148,6 +157,10 @@ class Model:
             return None
         inputs = [name for name in names(self.checkpoint) if last_component(name) in INPUT_EMBEDDINGS]
         return inputs[0] if len(inputs) == 1 else None
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def names(checkpoint: Checkpoint) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lora_compress import plugins
-from lora_compress._native import Checkpoint, Delta, __version__, fingerprint, kernel, round_to
+from lora_compress._native import Checkpoint, Delta, __version__, kernel, round_to
 from lora_compress.adapter import Adapter as StoredAdapter
 from lora_compress.adapter import AdapterPlan, GroupFactors, PlannedFactors, stores_factors
 from lora_compress.decompositions.interface import Decomposition
@@ -202,7 +202,7 @@ def write(
         "format": form,
         "dtype": dtype,
         "kernel": kernel(),
-        **({"base_fingerprint": fingerprint(base.checkpoint)} if base is not None else {}),
+        **({"base_fingerprint": base.fingerprint} if base is not None else {}),
     }
     with (
         output.new_directory(path, force=force) as folder,

@@ -63,7 +63,7 @@ def finish(patch: Patch, folder: Path, base: Model) -> None:
                 replaced[path.name] = None if before is None else base64.b64encode(before).decode()
     facts = {
         "schema_version": SCHEMA_VERSION,
-        "base_fingerprint": fingerprint(base.checkpoint),
+        "base_fingerprint": base.fingerprint,
         # None: the base had no such file.
         "replaced": replaced,
     }

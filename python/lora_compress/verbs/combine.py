@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_compress import plugins
-from lora_compress._native import Spectrum, __version__, fingerprint
+from lora_compress._native import Spectrum, __version__
 from lora_compress.adapter import Adapter, AdapterPlan, PlannedFactors, Stored, stores_factors
 from lora_compress.errors import SelectionError, TensorError
 from lora_compress.model import Model, is_convolution, is_stack, last_component, matrix_shape
@@ -364,7 +364,7 @@ def _manifest(
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
         "base": plan.base_name,
-        "base_fingerprint": fingerprint(model.checkpoint),
+        "base_fingerprint": model.fingerprint,
         "made_from": [str(part.path) for part in parts],
         "weights": list(weights),
         **how.to_json(),

@@ -47,9 +47,7 @@ def write_companions(
     if base.config:
         _write_config(base, folder, _grown_vocabulary(base, grown), dtype)
     for adapter in adapters if grown and base.config else ():
-        for pattern in TOKENIZER:
-            for path in sorted(adapter.path.glob(pattern)):
-                copy_own(path, folder)
+        copy_tokenizer(adapter.path, folder)
     return warnings
 
 
@@ -102,9 +100,8 @@ def _grown_vocabulary(base: Model, grown: dict[str, Stored]) -> dict[str, int]:
     return {}
 
 
-def copy_tokenizer(tuned: Model, out: Path) -> None:
-    """Copy what makes tuned's tokenizer."""
-    folder = tuned.path if tuned.path.is_dir() else tuned.path.parent
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy what makes the tokenizer of the model or adapter in a directory."""
     for pattern in TOKENIZER:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress import plugins
-from lora_compress._native import Checkpoint, __version__, fingerprint
+from lora_compress._native import Checkpoint, __version__
 from lora_compress.adapter import Adapter
 from lora_compress.errors import AdapterError, SelectionError
 from lora_compress.formats.kohya import read as kohya
@@ -30,7 +30,7 @@ from lora_compress.hub import resolve
 from lora_compress.model import Model
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
-from lora_compress.verbs.companions import TOKENIZER, copy_own
+from lora_compress.verbs.companions import copy_tokenizer
 from lora_compress.verbs.merge import check_made_for, read_adapter
 
 PEFT, KOHYA = FORMATS = ("peft", "kohya")
@@ -210,9 +210,7 @@ def _copy_beside(path: Path, folder: Path, part: Adapter, left: Sequence[str]) -
         (folder / side_file.FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(_side(part), folder / side_file.FOLDER / side_file.EXACT)
     if part.new_rows:
-        for pattern in TOKENIZER:
-            for file in sorted(path.glob(pattern)):
-                copy_own(file, folder)
+        copy_tokenizer(path, folder)
 
 
 def _manifest(
@@ -230,7 +228,7 @@ def _manifest(
         **known,
         "schema_version": SCHEMA_VERSION,
         "version": __version__,
-        "base_fingerprint": before.get("base_fingerprint") or fingerprint(model.checkpoint),
+        "base_fingerprint": before.get("base_fingerprint") or model.fingerprint,
         "converted_from": str(path),
         "format": to,
         "command": command or "lora_compress.convert",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_compress import plugins
-from lora_compress._native import Workspace, __version__, fingerprint, kernel
+from lora_compress._native import Workspace, __version__, kernel
 from lora_compress.adapter import AdapterPlan, stores_factors
 from lora_compress.errors import PlanError, SelectionError
 from lora_compress.model import last_component, matrix_shape
@@ -231,13 +231,13 @@ def extract(
             raise SelectionError(_nothing(changes, accounts))
         side_file.write_exact(partial_out, changes.tuned.checkpoint, changes.changed)
         if any(account.new_rows for account in accounts):
-            copy_tokenizer(changes.tuned, partial_out)
+            copy_tokenizer(changes.tuned.folder, partial_out)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "version": __version__,
             "base": adapter_plan.base_name,
-            "base_fingerprint": fingerprint(changes.base.checkpoint),
-            "tuned_fingerprint": fingerprint(changes.tuned.checkpoint),
+            "base_fingerprint": changes.base.fingerprint,
+            "tuned_fingerprint": changes.tuned.fingerprint,
             "tuned": str(tuned),
             "command": command or f"lora_compress.extract({choice.describe()})",
             "causal_lm": changes.base.architecture.endswith("ForCausalLM"),

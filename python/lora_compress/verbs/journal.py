@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_compress import plugins
-from lora_compress._native import MergedTensor, __version__, fingerprint, kernel
+from lora_compress._native import MergedTensor, __version__, kernel
 from lora_compress.adapter import Adapter
 from lora_compress.errors import CheckpointError
 from lora_compress.model import CONFIG, Model, read_json
@@ -54,11 +54,13 @@ def key_of(base: Model, adapters: Sequence[Adapter], weights: Sequence[float], *
     """
     if boot_id() is None:
         return None
-    folder = base.path if base.path.is_dir() else base.path.parent
-    files = [*base.checkpoint.shards, *(folder / name for name in (CONFIG, INDEX) if (folder / name).is_file())]
+    files = [
+        *base.checkpoint.shards,
+        *(base.folder / name for name in (CONFIG, INDEX) if (base.folder / name).is_file()),
+    ]
     facts = {
         "versions": [__version__, kernel(), np.__version__, *((p.name, p.version) for p in plugins.load().list())],
-        "base": [fingerprint(base.checkpoint), list(_facts(files))],
+        "base": [base.fingerprint, list(_facts(files))],
         "adapters": [list(_facts(_files(adapter.path))) for adapter in adapters],
         "options": [list(weights), options],
     }

@@ -25,7 +25,6 @@ from lora_compress._native import (
     MergedTensor,
     Patch,
     Update,
-    fingerprint,
     merge_shard,
     same_bytes,
 )
@@ -242,16 +241,13 @@ def one_weight_each(adapters: Sequence[str | Path], weights: Sequence[float]) ->
 
 def check_made_for(base: Model, adapters: Sequence[Adapter]) -> None:
     """Raise `AdapterError` for an adapter that says it was made for a base with other values."""
-    ours = None
     for adapter in adapters:
         theirs = read_manifest(adapter.path).get("base_fingerprint") if adapter.path.is_dir() else None
-        if theirs is not None:
-            ours = ours or fingerprint(base.checkpoint)
-            if theirs != ours:
-                raise AdapterError(
-                    f"`{adapter.path}` was made for a base with other values than `{base.path}` has: pass --any-base "
-                    "to go on all the same"
-                )
+        if theirs is not None and theirs != base.fingerprint:
+            raise AdapterError(
+                f"`{adapter.path}` was made for a base with other values than `{base.path}` has: pass --any-base to go "
+                "on all the same"
+            )
 
 
 def read_adapter(path: str | Path, base: Model) -> Adapter:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_compress import plugins
-from lora_compress._native import Delta, Spectrum, Workspace, fingerprint
+from lora_compress._native import Delta, Spectrum, Workspace
 from lora_compress.errors import PlanError, SelectionError
 from lora_compress.ranks.choice import RankChoice, choose
 from lora_compress.ranks.plan import Plan, TensorPlan
@@ -93,7 +93,7 @@ def plan_changes(
 ) -> Plan:
     """As `plan`, for changes that have been found."""
     started = time.perf_counter()
-    fingerprints = {"base": fingerprint(changes.base.checkpoint), "tuned": fingerprint(changes.tuned.checkpoint)}
+    fingerprints = {"base": changes.base.fingerprint, "tuned": changes.tuned.fingerprint}
     measured = _measure(changes, changes.changed, {}, choice, options, bound, progress)
     while True:
         result = Plan(
@@ -120,7 +120,7 @@ def check_made_for(plan: Plan, changes: Changes, options: Options) -> None:
     changed, of other tensors or sizes, or without the σ that its ranks depend on.
     """
     for side, model, name in (("base", changes.base, plan.base), ("tuned", changes.tuned, plan.tuned)):
-        if fingerprint(model.checkpoint) != plan.fingerprints[side]:
+        if model.fingerprint != plan.fingerprints[side]:
             raise PlanError(
                 f"the plan was made for another {side} model than `{model.path}` (it says `{name}`), or that has "
                 "changed since: plan again"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compress._native import Comparison, Update, compare, fingerprint, same_bytes
+from lora_compress._native import Comparison, Update, compare, same_bytes
 from lora_compress.adapter import Adapter
 from lora_compress.errors import SelectionError
 from lora_compress.model import FLOATS, Model, is_stack, matrices
@@ -158,7 +158,7 @@ def verify(
         checks.append(_check(name, comparison, promised.get(name), stored=stored, same_dtype=same_dtype))
         progress.advance(sizes[name], 1, name)
     warnings = renamed
-    if manifest.get("tuned_fingerprint") not in {None, fingerprint(tuned_model.checkpoint)}:
+    if manifest.get("tuned_fingerprint") not in {None, tuned_model.fingerprint}:
         warnings.append(
             f"`{adapter}` was extracted from another tuned model than `{tuned}` (it says `{manifest.get('tuned')}`)"
         )
