@@ -147,21 +147,21 @@ bench-suggest: build $(TORCH_ENV)/bench-rank-ready  ## Whether ranks from gradie
 	$(BENCH)/suggesting.py --cache $(CACHE) --task minilm --steps 60 --seeds 2 --json $(BENCH_JSON)
 
 PLUGINS := python:$(subst $() ,:,$(patsubst %,%src,$(wildcard plugins/*/)))
+BENCH_PLUGINS := PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks
 bench-decompositions: build $(TORCH_ENV)/bench-rank-ready  ## Every decomposition at equal bytes on real fine-tunes, and how long each takes (an hour)
-	PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks/three_factors.py --cache $(CACHE) --work $(CACHE)/bench --json $(BENCH_JSON)
+	$(BENCH_PLUGINS)/three_factors.py --cache $(CACHE) --work $(CACHE)/bench --json $(BENCH_JSON)
 
 # Sizes of 1B, 3B and 8B where there is a GPU, a tiny one where there is none.
-BENCH_TRAINING := PYTHONPATH=$(PLUGINS) $(TORCH_ENV)/bin/python benchmarks
 bench-gpu: build $(TORCH_ENV)/ready-$(TORCH_KEY)  ## Training steps against PEFT's and a frozen model's
-	$(BENCH_TRAINING)/training.py --json $(BENCH_JSON)
+	$(BENCH_PLUGINS)/training.py --json $(BENCH_JSON)
 bench-loss: build $(TORCH_ENV)/bench-rank-ready  ## Loss curves of pairs, three factors and a tensor train (half an hour)
-	$(BENCH_TRAINING)/loss_curves.py --cache $(CACHE) --json $(BENCH_JSON)
+	$(BENCH_PLUGINS)/loss_curves.py --cache $(CACHE) --json $(BENCH_JSON)
 
 bench-merge: build $(TORCH_ENV)/bench-ready  ## Merging, against PEFT and a copy of the base
 	$(BENCH)/merging.py --work $(CACHE)/bench --json $(BENCH_JSON)
 
 bench-training: build $(TORCH_ENV)/bench-ready  ## Steps of training: the plugin path against hard-coded factors, and PEFT
-	PYTHONPATH=$(PLUGINS) OMP_NUM_THREADS=1 $(TORCH_ENV)/bin/python benchmarks/training_overhead.py --width 256 --tokens 256 --json $(BENCH_JSON)
+	OMP_NUM_THREADS=1 $(BENCH_PLUGINS)/training_overhead.py --width 256 --tokens 256 --json $(BENCH_JSON)
 
 bench-resize: build $(TORCH_ENV)/bench-ready  ## Resizing an adapter of an 8B model, against the dense way
 	$(BENCH)/resizing.py --work $(CACHE) --json $(BENCH_JSON)
