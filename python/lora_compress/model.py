@@ -186,6 +186,13 @@ def is_convolution(tensor: str, shape: Sequence[int]) -> bool:
     return is_kernel and module_of(tensor) is not None and not (len(shape) == 3 and EXPERTS.search(tensor))
 
 
+def is_depthwise(shape: Sequence[int]) -> bool:
+    """Whether a convolution's kernel (out, in, …) has one input channel for many outputs: then it is cut into groups,
+    which a pair of factors for one product is not.
+    """
+    return shape[1] == 1 < shape[0]
+
+
 def is_stack(tensor: str, shape: Sequence[int]) -> bool:
     """Whether the tensor is a stack of matrices, one for each expert."""
     return len(shape) == 3 and not is_convolution(tensor, shape) and EXPERTS.search(tensor) is not None

@@ -18,7 +18,7 @@ from lora_compress.model import Model
 from lora_compress.torch import files
 from lora_compress.torch.layers import CHILD, swap_out
 from lora_compress.torch.live import live_model, name_of
-from lora_compress.torch.sites import Site
+from lora_compress.torch.sites import Site, by_group
 
 ROLES = ("in", "core", "out")
 # A fit that loses less of a ΔW is of the same ΔW.
@@ -214,11 +214,8 @@ class AdapterSet:
                 f"`{shifted[0]}` began with a part of the base, which files say nothing of: use state_dict, or attach "
                 f"with init={str(path)!r}"
             )
-        groups: dict[str, list[Site]] = {}
-        for site in self.sites:
-            groups.setdefault(site.group, []).append(site)
         state = {}
-        for members in groups.values():
+        for members in by_group(self.sites):
             targets = [site.target for site in members]
             layers = files.stored_layers(stored, self.decomposition, targets, members[0].adapter.rank, most=SAME)
             for site, factors in zip(members, layers, strict=True):

@@ -22,6 +22,7 @@ from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError
 from lora_compress.formats.factors.read import CONFIG, stored_factors
 from lora_compress.model import Model, matrices, matrix_shape
+from lora_compress.torch.sites import by_group
 from lora_compress.verbs import output, side_file
 from lora_compress.verbs.account import SCHEMA_VERSION
 from lora_compress.verbs.decompose import residual_energy
@@ -272,16 +273,13 @@ def _groups(
     decomposition: Decomposition, sites: Sequence[Site], names: Mapping[str, str], dtype: str
 ) -> list[GroupFactors]:
     """Every group as the format `factors` takes it; what layers share is one array."""
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        if site.start is not None:
-            raise SelectionError(
-                f"the initialisation of `{site.tensor}` changed its weight, so what it gained is a difference of two "
-                "products: save with format='peft'"
-            )
-        groups.setdefault(site.group, []).append(site)
+    if shifted := [site.tensor for site in sites if site.start is not None]:
+        raise SelectionError(
+            f"the initialisation of `{shifted[0]}` changed its weight, so what it gained is a difference of two "
+            "products: save with format='peft'"
+        )
     own, made = decomposition.network.own, []
-    for members in groups.values():
+    for members in by_group(sites):
         kinds = {site.kind.transposed for site in members}
         contraction = decomposition.network.transposed if kinds == {True} else decomposition.contraction
         factors = [_numpy(each) for each in members[0].adapter.factors()]

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lora_compress.errors import SelectionError
-from lora_compress.torch.layers import CONVOLUTION, EMBEDDING
+from lora_compress.torch.layers import CONVOLUTION, EMBEDDING, embedding_factor
 from lora_compress.torch.sites import Layer, Target
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -162,8 +162,7 @@ def _add_product(
     looks_up = layer.kind is EMBEDDING
     if looks_up:
         module = layer.module
-        # Gemma's, Bart's and others multiply what they look up.
-        dy = dy * float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
+        dy = dy * embedding_factor(module)
         kept = x.reshape(-1) != (-1 if module.padding_idx is None else module.padding_idx)
         x, dy = x.reshape(-1)[kept], dy.reshape(-1, cols)[kept]
     else:

@@ -84,13 +84,16 @@ def _linear(base: Any) -> dict[str, Any]:
 def _embedding(base: Any) -> dict[str, Any]:
     def forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = base.forward(self, ids)
-        # Gemma's, Bart's and others multiply what they look up.
-        factor = float(getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", 1.0)))
         for adapter in self.adapter.running():
-            y = adapter.add_rows_to(y, ids, self.padding_idx, factor)
+            y = adapter.add_rows_to(y, ids, self.padding_idx, embedding_factor(self))
         return y
 
     return {"forward": forward}
+
+
+def embedding_factor(layer: Any) -> float:
+    """What an embedding multiplies its rows by when it looks them up, as Gemma's, Bart's and others do."""
+    return float(getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0)))
 
 
 def _convolution(base: Any) -> dict[str, Any]:

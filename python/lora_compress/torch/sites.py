@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +178,14 @@ class Site:
             for term in terms:
                 total += self.kind.as_weight(term().to(device=total.device, dtype=wide), total.shape)
         weight.data = total.to(original.dtype)
+
+
+def by_group(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites that share factors side by side, in the order of the first of each."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.group, []).append(site)
+    return list(groups.values())
 
 
 def find_targets(model: nn.Module, targets: Targets) -> list[Target]:

@@ -6,7 +6,6 @@ they look at PEFT's directory, its configuration and the names and shapes of its
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from lora_compress._native import Checkpoint
 from lora_compress.errors import AdapterError
 from lora_compress.formats.peft.layout import CONFIG, PREFIX, WEIGHTS, targeted, wrapped_owner, wrapped_parameter
-from lora_compress.formats.peft.patterns import ByModule
+from lora_compress.formats.peft.patterns import ByModule, scale_of
 from lora_compress.formats.peft.read import FACTOR, weights_of
 from lora_compress.hub import resolve
 from lora_compress.model import HEAD, Model, is_embedding, last_component, read_json
@@ -145,13 +144,13 @@ def _scale(path: Path, config: Mapping[str, Any], alpha: Any, rank: int) -> floa
         alpha = float(alpha)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"`{path / CONFIG}`: lora_alpha or alpha_pattern is malformed: {error}") from error
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return scale_of(config, alpha, rank)
 
 
 def _global_scale(facts: Facts) -> float:
     """The one scale of readers that know no patterns."""
     rank, alpha = facts.config.get("r", 8), facts.config.get("lora_alpha", 8)
-    return float(alpha) / (math.sqrt(rank) if facts.config.get("use_rslora") else rank)
+    return scale_of(facts.config, float(alpha), rank)
 
 
 def _off(facts: Facts, scale: Callable[[str], float]) -> tuple[str, ...]:

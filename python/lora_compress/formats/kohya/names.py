@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from lora_compress.model import Model, is_convolution, is_embedding, module_of
+from lora_compress.model import Model, is_convolution, is_depthwise, is_embedding, module_of
 
 PARTS = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
 KEY = re.compile(r"(?P<stem>.+)\.(?:lora[_.](?P<part>down|up|mid|A|B)(?:\.default)?\.weight|alpha)")
@@ -149,8 +149,7 @@ class NameMap:
         if tensor not in self._place or is_embedding(tensor):
             return None
         shape = self._shapes[tensor]
-        if len(shape) > 2 and shape[1] == 1 < shape[0]:
-            # A kernel with one input channel for many outputs is cut into groups, which kohya's factors are not.
+        if len(shape) > 2 and is_depthwise(shape):
             return None
         prefix, flat = self._place[tensor]
         same = self._flat[(prefix if self.roots else None, flat)]

@@ -26,6 +26,7 @@ from lora_compress.model import (
     WEIGHT,
     Model,
     is_convolution,
+    is_depthwise,
     is_embedding,
     last_component,
     module_of,
@@ -87,8 +88,7 @@ class Layout:
         path = self._base.path_of(tensor).removesuffix(WEIGHT)
         shape = self._base.checkpoint.info(tensor).shape
         if is_convolution(tensor, shape):
-            # A kernel with one input channel for many outputs is cut into groups, which PEFT's factors are not.
-            return None if shape[1] == 1 < shape[0] else linear_place(path, kernel=tuple(shape[2:]))
+            return None if is_depthwise(shape) else linear_place(path, kernel=tuple(shape[2:]))
         if tensor in self._embeddings or is_embedding(tensor):
             return embedding_place(path)
         if last_component(tensor) in ROUTERS and _owner(module) in self._mixtures:

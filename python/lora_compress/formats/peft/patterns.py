@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_compress._native import Patterns
 from lora_compress.errors import AdapterError, LoraCompressError
+
+
+def scale_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    """The scale that PEFT gives a module: alpha / r, or alpha / √r (rsLoRA, Kalajdzievski 2023)."""
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 class ByModule:

@@ -6,7 +6,6 @@ refused too, because merging it as plain LoRA would give another model without a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from lora_compress.formats.peft.layout import (
     wrapped_owner,
     wrapped_parameter,
 )
-from lora_compress.formats.peft.patterns import ByModule
+from lora_compress.formats.peft.patterns import ByModule, scale_of
 from lora_compress.model import HEAD, WEIGHT, Model, is_stack, matrices, read_json
 
 FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
@@ -211,8 +210,7 @@ class _Reader:
             )
 
     def _scale(self, pattern_key: str, rank: int) -> float:
-        alpha = float(self.alphas[pattern_key])
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        return scale_of(self.config, float(self.alphas[pattern_key]), rank)
 
     def _fans_out(self, target: str, pair: Mapping[str, str]) -> bool:
         """Whether `fan_in_fan_out` holds for this tensor: PEFT ignores the setting for a Linear, whose shape then

@@ -14,6 +14,7 @@ import numpy as np
 from lora_compress._native import Writer
 from lora_compress.formats.peft.card import model_card
 from lora_compress.formats.peft.layout import CONFIG, WEIGHTS, Layout, Place, head_place
+from lora_compress.formats.stored import WIDTH
 from lora_compress.model import CONV1D_MODELS, Model, names, stack_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class PeftWriter:
         stack = stack_of(tensor)
         for place in self._places(tensor):
             left, right = (a.T, b.T) if place.transposed else (b, a)
-            size += (a.size + b.size) * _WIDTH[self._plan.dtype]
+            size += (a.size + b.size) * WIDTH[self._plan.dtype]
             if stack is None:
                 self._append(place, left, right)
                 continue
@@ -163,9 +164,6 @@ def short_targets(modules: list[str], tensors: list[str]) -> list[str]:
         same_name = {owner for owner in owners if owner == last or owner.endswith("." + last)}
         targets.add(last if same_name <= wanted else module)
     return sorted(targets)
-
-
-_WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def _specs(place: Place, dtype: str, rows: int, cols: int, rank: int) -> list[tuple[str, str, list[int]]]:
