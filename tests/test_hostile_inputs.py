@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tests.checkpoints import BF16
+from tests.checkpoints import BF16, contents
 from tests.checkpoints import save as save_model
 from tests.torch_files import View, save_torch, write_zip
 
@@ -92,14 +91,6 @@ FILES: dict[str, Attack] = {
         "`w.weight_scale_inv`",
     ),
 }
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture

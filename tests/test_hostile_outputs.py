@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import pytest
 from lora_compress import cli
 from safetensors.numpy import load_file
 
-from tests.checkpoints import BF16, save
+from tests.checkpoints import BF16, contents, save
 
 COMMAND = [sys.executable, "-m", "lora_compress"]
 VERBS: dict[str, list[str]] = {
@@ -39,15 +38,6 @@ VERBS: dict[str, list[str]] = {
 # Digests of what a verb writes, and how many seconds it takes.
 Undisturbed = dict[str, tuple[dict[str, str], float]]
 INPUTS = ("base", "tuned", "adapter", "other", "patched")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Digests of all files, hidden ones too."""
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

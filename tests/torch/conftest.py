@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def plugins() -> Iterator[None]:
+    """First-party plugins and one thread, for `pytest.mark.usefixtures`."""
+    from tests.torch.training import all_plugins
+
+    with all_plugins():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

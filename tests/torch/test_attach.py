@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,12 @@ from lora_compress.torch import AdapterSet, attach
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.torch.training import DECOMPOSITIONS, IDS, all_plugins, layers, stir, tiny_llama
+from tests.torch.training import DECOMPOSITIONS, IDS, layers, logits, stir, tiny_llama
 
 LAYERS = list(layers())
 
 
-@pytest.fixture(autouse=True)
-def _plugins() -> Iterator[None]:
-    with all_plugins():
-        yield
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 def a_layer(name: str, decomposition: str, **options: Any) -> tuple[nn.Sequential, torch.Tensor, AdapterSet]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,7 @@ LINEARS = r"(q|k|v|o|gate|up|down)_proj$"
 TOKENS, WIDTH, RANK = 512, 64, 4
 
 
-@pytest.fixture(autouse=True)
-def _plugins() -> Iterator[None]:
-    with all_plugins():
-        yield
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 def batches(count: int) -> list[torch.Tensor]:

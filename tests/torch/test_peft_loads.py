@@ -16,8 +16,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoints import load
-
-IDS = torch.arange(24)[None] * 7 % 60
+from tests.torch.training import logits
 
 
 def tied_llama(folder: Path, seed: int) -> Path:
@@ -46,12 +45,6 @@ def in_f64(path: Path, **options: Any) -> Any:
 
 def with_adapter(base: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).double().eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
 
 
 def rounding_response(path: Path, unit: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,18 @@ from lora_compress.torch import attach
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.torch import training
 from tests.torch.test_inputs_loaded import experts, stored
 from tests.torch.test_peft_loads import assert_all_keys_are_used
-from tests.torch.training import all_plugins, stir
+from tests.torch.training import stir
 
 IDS = torch.arange(24)[None] * 7 % 40
 STACKS = r"experts\.(gate_up|down)_proj"
 KINDS = pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 
 
-@pytest.fixture(autouse=True)
-def _plugins() -> Iterator[None]:
-    with all_plugins():
-        yield
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
+logits = partial(training.logits, ids=IDS)
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 @KINDS

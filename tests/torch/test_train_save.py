@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from tests.torch.test_peft_loads import assert_all_keys_are_used
-from tests.torch.training import IDS, all_plugins, stir, tiny_llama
+from tests.torch.training import logits, stir, tiny_llama
 
 # Roundings of float32 on the way from one order of sums to another, relative to the largest logit: products of 48 terms
 # in two layers of seven weights each.
 SAME = 14 * 48 * 2.0**-24
 
 
-@pytest.fixture(autouse=True)
-def _plugins() -> Iterator[None]:
-    with all_plugins():
-        yield
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 def trained(model: Any, *arguments: Any, **options: Any) -> AdapterSet:
