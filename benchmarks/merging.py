@@ -7,6 +7,7 @@ python benchmarks/merging.py --work DIR [--json DIR]
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,7 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
-RUNS = 3
+RUNS = 5
 
 
 def fastest(command: list[str], out: Path) -> Process:
@@ -33,6 +34,8 @@ def fastest(command: list[str], out: Path) -> Process:
     runs = []
     for _ in range(RUNS):
         shutil.rmtree(out, ignore_errors=True)
+        # What was written before is not to be written back meanwhile.
+        os.sync()
         runs.append(run([*command, str(out)]))
     return min(runs, key=lambda process: process.wall)
 

@@ -44,8 +44,7 @@ impl PlacedFile {
         write_at(file.as_file(), &(header.len() as u64).to_le_bytes(), 0).at(path)?;
         write_at(file.as_file(), header.as_bytes(), PREFIX).at(path)?;
         let nbytes = first + end;
-        // The whole length at once: the file system can keep it together, and a full disk may say so now.
-        file.as_file().set_len(nbytes).at(path)?;
+        reserve(file.as_file(), nbytes).at(path)?;
         let places = tensors.into_iter().map(|(name, (_, begin, end))| (name, (first + begin, end - begin))).collect();
         Ok(Self { path: path.into(), file, places, nbytes })
     }
@@ -57,7 +56,7 @@ impl PlacedFile {
     pub(crate) fn with_header(path: &Path, raw: &[u8], header: &Header, nbytes: u64) -> Result<Self> {
         let file = beside(path)?;
         write_at(file.as_file(), raw, 0).at(path)?;
-        file.as_file().set_len(nbytes).at(path)?;
+        reserve(file.as_file(), nbytes).at(path)?;
         let places = header.tensors.iter().map(|(name, info)| (name.clone(), (info.offset, info.nbytes))).collect();
         Ok(Self { path: path.into(), file, places, nbytes })
     }
@@ -86,6 +85,22 @@ impl PlacedFile {
         self.file.persist(&self.path).map_err(|error| error.error).at(&self.path)?;
         Ok(self.nbytes)
     }
+}
+
+/// Gives a file its length and, where the file system can, its space: a full disk says so before the work, and nobody looks for
+/// blocks page by page while a file is written to (a tenth of a merge's time on ext4).
+fn reserve(file: &File, nbytes: u64) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::{Errno, retry_on_intr};
+        match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, nbytes)) {
+            // Some file systems keep no space.
+            Err(Errno::NOTSUP | Errno::NOSYS | Errno::INVAL) => {}
+            result => return Ok(result?),
+        }
+    }
+    file.set_len(nbytes)
 }
 
 #[cfg(unix)]

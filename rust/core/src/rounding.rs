@@ -33,7 +33,7 @@ pub enum Rounding {
     Stochastic(u64),
 }
 
-/// Merged elements from flat index `first` on: `stored` bytes of W in the first dtype plus D, in the second.
+/// Merged elements from flat index `first` on: `stored` bytes of W in the first dtype plus D, into `out` in the second.
 ///
 /// # Errors
 /// [`Error::Overflow`]; [`Error::Computed`] for dtypes without arithmetic.
@@ -44,9 +44,8 @@ pub(crate) fn apply(
     stored: &[u8],
     delta: &[f32],
     storing: &Storing,
-    out: &mut Vec<u8>,
+    out: &mut [u8],
 ) -> Result<Applied> {
-    out.resize(delta.len() * dtypes.1.bits() as usize / 8, 0);
     let seed = match storing.rounding {
         Rounding::Stochastic(seed) if matches!(dtypes.1, Dtype::BF16 | Dtype::F16) => {
             Some(crate::tensor_seed(seed, name))

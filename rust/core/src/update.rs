@@ -4,16 +4,20 @@
 //! everything stored of the tensor's own size on disk. [`LoadedUpdate`] then produces any range of the result, so that merging and
 //! verifying stream.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
 use crate::header::TensorInfo;
-use crate::kernel::Right;
+use crate::kernel::{Factors, STRIP};
 use crate::matrix::Matrix;
 use crate::rounding::{self, Applied, Storing};
 use crate::terms::{Computed, LowRank, Source, Values};
+
+/// Columns of a tile: the update of a panel's rows stays in the second-level cache, and A is read once for each panel.
+const TILE: usize = 32 * STRIP;
 
 /// Everything that adapters do to one tensor.
 #[derive(Debug, Clone, Default)]
@@ -38,9 +42,8 @@ pub struct LoadedUpdate<'a> {
     /// Shape of the base's tensor as a matrix.
     rows: usize,
     cols: usize,
-    /// All low-rank terms as one pair: B of all terms side by side, scales included, row-major, and A below each other.
-    left: Vec<f32>,
-    right: Right,
+    /// All low-rank terms, scales included.
+    factors: Factors,
     /// Terms that are whole differences.
     dense: Vec<Matrix>,
     /// Where W is read from.
@@ -137,8 +140,7 @@ impl Update {
             info,
             rows,
             cols,
-            left: side_by_side(&terms, rows),
-            right: Right::pack(&terms.iter().map(|(_, right)| right.view()).collect::<Vec<_>>()),
+            factors: Factors::pack(&terms),
             dense,
             start,
             differences,
@@ -186,29 +188,34 @@ impl LoadedUpdate<'_> {
     /// # Errors
     /// [`Error::Io`], [`Error::UnsupportedDtype`].
     pub fn delta_rows(&self, range: Range<usize>) -> Result<Vec<f32>> {
-        let mut delta = Vec::new();
-        self.delta_rows_into(range, &mut delta)?;
+        let mut delta = vec![0f32; range.len() * self.cols];
+        let whole = self.whole_differences(&range)?;
+        self.delta_tile(range, 0..self.cols, &whole, &mut delta);
         Ok(delta)
     }
 
-    fn delta_rows_into(&self, range: Range<usize>, delta: &mut Vec<f32>) -> Result<()> {
-        delta.resize(range.len() * self.cols, 0.0);
-        let rank = self.right.rank();
-        self.right.multiply(&self.left[range.start * rank..range.end * rank], delta);
-        for matrix in &self.dense {
-            let rows = matrix.values().chunks_exact(self.cols.max(1)).skip(range.start);
-            for (sum, row) in delta.chunks_exact_mut(self.cols.max(1)).zip(rows) {
-                sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-            }
+    /// The same for some columns, from a multiple of [`STRIP`] on; `whole` are the [`Self::whole_differences`] of these rows.
+    fn delta_tile(&self, rows: Range<usize>, cols: Range<usize>, whole: &[Cow<'_, [f32]>], delta: &mut [f32]) {
+        self.factors.multiply(rows, cols.clone(), delta);
+        for values in whole {
+            let values = values.chunks_exact(self.cols.max(1)).filter_map(|row| row.get(cols.clone())).flatten();
+            delta.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
         }
-        for (source, weight) in self.differences {
-            let theirs = self.read_rows_f64(&source.checkpoint, &source.name, range.clone())?;
-            let ours = self.read_rows_f64(self.base, self.name, range.clone())?;
-            for ((value, theirs), ours) in delta.iter_mut().zip(theirs).zip(ours) {
-                *value += (weight * (theirs - ours)) as f32;
-            }
-        }
-        Ok(())
+    }
+
+    /// Rows of what is summed besides low-rank terms.
+    fn whole_differences(&self, rows: &Range<usize>) -> Result<Vec<Cow<'_, [f32]>>> {
+        let elements = rows.start * self.cols..rows.end * self.cols;
+        let dense = self
+            .dense
+            .iter()
+            .map(|matrix| Ok(Cow::Borrowed(matrix.values().get(elements.clone()).unwrap_or_default())));
+        let replaced = self.differences.iter().map(|(source, weight)| {
+            let theirs = self.read_rows_f64(&source.checkpoint, &source.name, rows.clone())?;
+            let ours = self.read_rows_f64(self.base, self.name, rows.clone())?;
+            Ok(Cow::Owned(theirs.iter().zip(ours).map(|(theirs, ours)| (weight * (theirs - ours)) as f32).collect()))
+        });
+        dense.chain(replaced).collect()
     }
 
     /// The merged bytes of rows `range` of the base's tensor: W + delta rounded once to the dtype that is stored, the base's
@@ -242,13 +249,23 @@ impl LoadedUpdate<'_> {
                 self.info.dtype
             }
         };
-        let mut delta = std::mem::take(&mut scratch.delta);
-        self.delta_rows_into(range.clone(), &mut delta)?;
-        let first = range.start * self.cols;
-        let applied =
-            rounding::apply(self.name, first, (stored, target), &scratch.base, &delta, storing, &mut scratch.out);
-        scratch.delta = delta;
-        applied
+        let whole = self.whole_differences(&range)?;
+        let (from, to) = (stored.bits() as usize / 8, target.bits() as usize / 8);
+        scratch.out.resize(range.len() * self.cols * to, 0);
+        let mut applied = Applied::default();
+        for first in (0..self.cols).step_by(TILE) {
+            let cols = first..(first + TILE).min(self.cols);
+            scratch.delta.resize(range.len() * cols.len(), 0.0);
+            self.delta_tile(range.clone(), cols.clone(), &whole, &mut scratch.delta);
+            for (row, delta) in scratch.delta.chunks_exact(cols.len()).enumerate() {
+                let part = row * self.cols + cols.start..row * self.cols + cols.end;
+                let base = &scratch.base[part.start * from..part.end * from];
+                let out = &mut scratch.out[part.start * to..part.end * to];
+                let index = range.start * self.cols + part.start;
+                applied.add(rounding::apply(self.name, index, (stored, target), base, delta, storing, out)?);
+            }
+        }
+        Ok(applied)
     }
 
     /// The base's own bytes of some rows.
@@ -257,7 +274,7 @@ impl LoadedUpdate<'_> {
     }
 
     fn has_no_terms(&self) -> bool {
-        self.right.rank() == 0 && self.dense.is_empty() && self.differences.is_empty()
+        self.factors.rank() == 0 && self.dense.is_empty() && self.differences.is_empty()
     }
 
     /// The appended rows in the dtype that is stored, if any.
@@ -308,16 +325,4 @@ impl LoadedUpdate<'_> {
         with_element!(dtype, E => bytes.chunks_exact(E::BYTES).map(E::read).collect())
             .ok_or_else(|| checkpoint.unsupported(name, dtype))
     }
-}
-
-/// Left factors side by side, row-major.
-fn side_by_side(terms: &[(Matrix, Matrix)], rows: usize) -> Vec<f32> {
-    let rank = terms.iter().map(|(left, _)| left.cols()).sum::<usize>();
-    let mut joined = Vec::with_capacity(rows * rank);
-    for row in 0..rows {
-        for (left, _) in terms {
-            joined.extend_from_slice(&left.values()[row * left.cols()..(row + 1) * left.cols()]);
-        }
-    }
-    joined
 }

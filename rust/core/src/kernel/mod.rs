@@ -37,7 +37,7 @@ pub use apply::Applied;
 pub(crate) use apply::apply_bf16;
 pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16};
 use faer::{Mat, MatMut, MatRef};
-pub(crate) use low_rank::Right;
+pub(crate) use low_rank::{Factors, STRIP};
 pub(crate) use pack::{Packing, Rounding, pack_rows, subtract_and_pack};
 
 use crate::error::{Error, Result};
