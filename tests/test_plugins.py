@@ -13,9 +13,10 @@ from typing import Any
 import lora_compress
 import numpy as np
 import pytest
-from lora_compress import Decomposition, PluginError, hookimpl, hookspecs, plugins
+from lora_compress import Decomposition, Initialisation, PluginError, Start, hookimpl, hookspecs, plugins
 from lora_compress._native import Checkpoint, LowRank, Writer
 from lora_compress.adapter import Adapter, AdapterPlan
+from lora_compress.initialisations.interface import Group, Matrix
 from lora_compress.model import Model
 
 from tests.conftest import Pair
@@ -50,6 +51,7 @@ def test_what_ships_is_registered_through_the_hooks() -> None:
     assert [info.name for info in host.list()] == list(plugins.BUILT_IN)
     assert host.decompositions.origin("ab") == "lora_compress.decompositions.ab"
     assert host.formats.origin("peft") == "lora_compress.formats.peft"
+    assert host.initialisations.origin("pissa") == "lora_compress.initialisations.built_in"
 
 
 def test_hook_register_decompositions(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +113,54 @@ def test_hook_register_formats(pair: Pair, tmp_path: Path, monkeypatch: pytest.M
     assert lora_compress.inspect(tmp_path / "out").kind == "adapter"
 
 
+def last_directions(group: Group) -> Start:
+    """MiLoRA's: the singular vectors of W that matter least."""
+    layers = []
+    for matrix in group.matrices:
+        u, sigma, vt = np.linalg.svd(matrix.weight(), full_matrices=False)
+        layers.append([u[:, -group.rank :] * sigma[-group.rank :], vt[-group.rank :]])
+    return Start(layers, shifts=True)
+
+
+def a_group(shape: tuple[int, int] = (6, 5), rank: int = 2) -> Group:
+    weight = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    ab = plugins.Plugins(installed=False).decompositions["ab"]
+    return Group(ab, [Matrix("q.weight", *shape, lambda: weight)], rank, scale=1.0, seed=0)
+
+
+def test_hook_register_initialisations(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = Initialisation("last", last_directions, "the last singular vectors of W")
+    host = use(monkeypatch, ("mine", plugin(register_initialisations=registering(last))))
+    group = a_group()
+    start = host.initialisations["last"].factors_of(group)
+    sigma = np.linalg.svd(group.matrices[0].weight(), compute_uv=False)
+    b, a = start.layers[0]
+    np.testing.assert_allclose(np.linalg.svd(b @ a, compute_uv=False)[:2], sigma[-2:], rtol=1e-5)
+    assert host.initialisations.origin("last") == "mine"
+    assert host.list()[-1].initialisations == ("last",)
+
+
+def test_starts_that_are_none_are_refused() -> None:
+    good = Start([[np.ones((6, 2), np.float32), np.ones((2, 5), np.float32)]])
+    nan = Start([[good.layers[0][0] * np.float32("nan"), good.layers[0][1]]])
+    for start, message in (
+        (good.layers, "returns a Start, not list"),
+        (Start([*good.layers, *good.layers]), "factors of 2 layers for 1"),
+        (Start([good.layers[0][:1]]), "1 factors for the 2 of"),
+        (Start([[good.layers[0][0].astype(np.float64), good.layers[0][1]]]), "factor 1 is float64"),
+        (nan, "factor 1 holds NaN"),
+        (Start([[np.ones((5, 2), np.float32), good.layers[0][1]]]), r"make a \(5, 5\) matrix"),
+        (Start([[np.ones((6, 3), np.float32), np.ones((3, 5), np.float32)]]), "`r` is 3, but 2 at most"),
+        (Start(good.layers, frozen=frozenset({2})), "no factor number 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Initialisation("bad", lambda group, start=start: start).factors_of(a_group())  # type: ignore[misc]
+    assert Initialisation("good", lambda group: good).factors_of(a_group()) is good
+
+
 def test_every_hook_is_documented_and_tested() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
-    assert len(hooks) == 2
+    assert len(hooks) == 3
     documentation = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
     for name in hooks:
         assert getattr(hookspecs, name).__doc__
@@ -123,12 +170,16 @@ def test_every_hook_is_documented_and_tested() -> None:
 
 def test_the_documented_plugin_works(tmp_path: Path) -> None:
     documentation = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
-    source = documentation.split("```python\n")[1].split("```")[0]
+    decomposition, initialisation = (block.split("```")[0] for block in documentation.split("```python\n")[1:])
     namespace: dict[str, Any] = {}
-    exec(source, namespace)  # noqa: S102
+    exec(decomposition + initialisation, namespace)  # noqa: S102
     found: list[Decomposition] = []
     namespace["register_decompositions"](found.append)
     assert found[0].parameters([(10, 20)], 3) == 10 * 3 + 3 * 3 + 3 * 20
+    starts: list[Initialisation] = []
+    namespace["register_initialisations"](starts.append)
+    b, a = starts[0].factors_of(a_group()).layers[0]
+    np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-6)
 
 
 def test_collisions_name_both_plugins() -> None:
@@ -227,6 +278,7 @@ def register_decompositions(register):
         "version": "1.2",
         "decompositions": ["fake"],
         "formats": [],
+        "initialisations": [],
     }
     assert "fake" not in list_plugins({**environment, plugins.SWITCH: "0"}).stdout
 

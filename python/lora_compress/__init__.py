@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TensorError,
     )
     from lora_compress.hookspecs import hookimpl
+    from lora_compress.initialisations.interface import Initialisation, Start
     from lora_compress.ranks.choice import RankChoice
     from lora_compress.ranks.plan import Plan
     from lora_compress.verbs.base_patch import unmerge
@@ -49,6 +50,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Decomposition": "decompositions.interface",
     "Delta": "_native",
+    "Initialisation": "initialisations.interface",
     "Layer": "decompositions.interface",
     "LoraCompressError": "errors",
     "Options": "verbs.changes",
@@ -58,6 +60,7 @@ _HOME = {
     "RankChoice": "ranks.choice",
     "SelectionError": "errors",
     "Spectrum": "_native",
+    "Start": "initialisations.interface",
     "TensorError": "errors",
     "__version__": "_native",
     "across_depth": "decompositions.groups",
@@ -84,6 +87,7 @@ __all__ = [
     "CheckpointError",
     "Decomposition",
     "Delta",
+    "Initialisation",
     "Layer",
     "LoraCompressError",
     "Options",
@@ -93,6 +97,7 @@ __all__ = [
     "RankChoice",
     "SelectionError",
     "Spectrum",
+    "Start",
     "TensorError",
     "__version__",
     "across_depth",

@@ -22,6 +22,7 @@ import pluggy
 if TYPE_CHECKING:
     from lora_compress.adapter import Format
     from lora_compress.decompositions.interface import Decomposition
+    from lora_compress.initialisations.interface import Initialisation
 
 PROJECT = "lora_compress"
 
@@ -37,3 +38,8 @@ def register_decompositions(register: Callable[[Decomposition], None]) -> None:
 @hookspec
 def register_formats(register: Callable[[Format], None]) -> None:
     """Call `register(format)` for every adapter format the plugin adds."""
+
+
+@hookspec
+def register_initialisations(register: Callable[[Initialisation], None]) -> None:
+    """Call `register(initialisation)` for every initialisation of factors that the plugin adds."""

@@ -21,6 +21,7 @@ from lora_compress import hookspecs
 from lora_compress.adapter import Format
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import LoraCompressError, PluginError
+from lora_compress.initialisations.interface import Initialisation
 
 # Named, not imported: the host depends on no plugin, and a built-in one has no way that a stranger's lacks.
 BUILT_IN = (
@@ -28,6 +29,7 @@ BUILT_IN = (
     "lora_compress.formats.peft",
     "lora_compress.formats.factors",
     "lora_compress.formats.kohya",
+    "lora_compress.initialisations.built_in",
 )
 # "0" leaves installed plugins out: for tests, and to find out whether a plugin is at fault.
 SWITCH = "LORA_COMPRESS_PLUGINS"
@@ -79,6 +81,9 @@ class Registry(Generic[Item]):
             raise PluginError(f"there is no {self._kind} `{name}`; installed are {known}")
         return self._items[name][0]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._items
+
     def __iter__(self) -> Iterator[Item]:
         return (self._items[name][0] for name in sorted(self._items))
 
@@ -97,6 +102,7 @@ class PluginInfo:
     version: str
     decompositions: tuple[str, ...]
     formats: tuple[str, ...]
+    initialisations: tuple[str, ...]
 
 
 class Plugins:
@@ -105,6 +111,7 @@ class Plugins:
     def __init__(self, *, installed: bool = True, extra: tuple[tuple[str, object], ...] = ()) -> None:
         self.decompositions: Registry[Decomposition] = Registry("decomposition")
         self.formats: Registry[Format] = Registry("format")
+        self.initialisations: Registry[Initialisation] = Registry("initialisation")
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._distributions: dict[str, tuple[str, str]] = {}
@@ -124,6 +131,7 @@ class Plugins:
             raise PluginError(f"plugin `{_name_of(self._manager, error.plugin)}`: {_one_line(error)}") from error
         self._collect("register_decompositions", self.decompositions.add)
         self._collect("register_formats", self.formats.add)
+        self._collect("register_initialisations", self.initialisations.add)
 
     def format_of(self, path: Path) -> Format | None:
         """The format that recognises the adapter at `path`, if any."""
@@ -139,8 +147,9 @@ class Plugins:
         def of(registry: Registry[Any], origin: str) -> tuple[str, ...]:
             return tuple(item.name for item in registry if registry.origin(item.name) == origin)
 
+        registries: tuple[Registry[Any], ...] = (self.decompositions, self.formats, self.initialisations)
         return [
-            PluginInfo(name, *self._distributions[name], of(self.decompositions, name), of(self.formats, name))
+            PluginInfo(name, *self._distributions[name], *(of(registry, name) for registry in registries))
             for name in self._distributions
         ]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lora_compress
 import numpy as np
 import pytest
 import torch
-from lora_compress import PluginError, SelectionError
+from lora_compress import Initialisation, PluginError, SelectionError, Start, hookimpl
+from lora_compress.initialisations.interface import Group
+from lora_compress.testing import loaded
 from lora_compress.torch import AdapterSet, attach
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -276,6 +279,28 @@ def test_initialisations_that_begin_at_the_base() -> None:
         assert torch.equal(logits(model), beside)
         adapters.detach()
         assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
+def test_initialisations_of_plugins_and_of_ones_own() -> None:
+    def flat(group: Group) -> Start:
+        shapes = group.decomposition.shapes(group.matrices[0].rows, group.matrices[0].cols, group.rank)
+        return Start([[np.full(shape, 0.25, np.float32) for shape in shapes]])
+
+    registered = ModuleType("mine")
+    vars(registered)["register_initialisations"] = hookimpl(lambda register: register(Initialisation("flat", flat)))
+    with loaded(registered):
+        by_name = attach(tiny_llama(), init="flat", rank=4).state_dict()
+    for init in (flat, Initialisation("flat", flat)):
+        assert all(
+            torch.equal(by_name[key], value)
+            for key, value in attach(tiny_llama(), init=init, rank=4).state_dict().items()
+        )
+    assert all((value == 0.25).all() for value in by_name.values())
+    model = tiny_llama()
+    doubles: Any = [np.ones((4, 4)), np.ones((4, 4))]
+    with pytest.raises(PluginError, match="`ab` failed to start factors by `wide`: ValueError: factor 1 is float64"):
+        attach(model, init=Initialisation("wide", lambda group: Start([doubles])))
+    assert not any(".adapter." in name for name, _ in model.named_parameters())
 
 
 def test_lora_xs_trains_the_core_alone() -> None:

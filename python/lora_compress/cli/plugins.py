@@ -11,7 +11,7 @@ from lora_compress.cli._console import PATH, common_options, print_json, print_t
 
 @click.group("plugins")
 def command() -> None:
-    """Decompositions and formats, and the plugins they come from.
+    """Decompositions, formats and initialisations, and the plugins they come from.
 
     A plugin is an installed distribution with an entry point in the group `lora_compress`. LORA_COMPRESS_PLUGINS=0
     leaves all but the built-in ones out.
@@ -37,6 +37,7 @@ def list_(as_json: bool, quiet: bool) -> None:
                         "version": info.version,
                         "decompositions": list(info.decompositions),
                         "formats": list(info.formats),
+                        "initialisations": list(info.initialisations),
                     }
                     for info in infos
                 ],
@@ -51,6 +52,13 @@ def list_(as_json: bool, quiet: bool) -> None:
         print_table(["decomposition ", "contraction, ΔW ← ", "what it is ", "package "], rows)
         print_table(
             ["format ", "package "], [[item.name, packages[host.formats.origin(item.name)]] for item in host.formats]
+        )
+        print_table(
+            ["initialisation ", "of factors to train ", "package "],
+            [
+                [item.name, item.description, packages[host.initialisations.origin(item.name)]]
+                for item in host.initialisations
+            ],
         )
 
 

@@ -220,11 +220,13 @@ class Decomposition:
             columns.append(column)
         layers = [list(factors) for factors in zip(*columns, strict=True)]
         for factors, delta in zip(layers, deltas, strict=True):
-            self._check(factors, delta.shape, rank)
+            self.check(factors, delta.shape, rank)
         return layers
 
-    def _check(self, factors: Sequence[Any], shape: Shape, rank: int) -> None:
-        """Raise `ValueError` unless these are factors of a matrix of that shape at that rank."""
+    def check(self, factors: Sequence[Any], shape: Shape, rank: int) -> None:
+        """Raise `ValueError` unless these are factors of a matrix of that shape, with bonds of at most that rank."""
+        if len(factors) != len(self.network.own):
+            raise ValueError(f"{len(factors)} factors for the {len(self.network.own)} of `{self.contraction}`")
         for number, factor in enumerate(factors):
             if not isinstance(factor, np.ndarray) or factor.dtype != np.float32:
                 kind = factor.dtype if isinstance(factor, np.ndarray) else type(factor).__name__

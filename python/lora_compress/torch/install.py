@@ -18,6 +18,7 @@ from lora_compress import plugins
 from lora_compress.decompositions.interface import Decomposition
 from lora_compress.decompositions.interface import Layer as Shape
 from lora_compress.errors import SelectionError
+from lora_compress.initialisations.interface import Group, Initialisation, Matrix, Start
 from lora_compress.ranks.plan import Plan
 from lora_compress.torch.adapter import Adapter
 from lora_compress.torch.adapter_set import AdapterSet
@@ -25,12 +26,11 @@ from lora_compress.torch.files import Stored, scaled, stacked, stored_layers
 from lora_compress.torch.layers import swap_in
 from lora_compress.torch.live import live_model
 from lora_compress.torch.sites import ALL_LINEAR, WEIGHT, Site, Target, Targets, find_targets
-from lora_compress.torch.starts import INITIALISATIONS, Group, Matrix, Start
 from lora_compress.verbs.stacks import whole
 
 RANK, ALPHA = 16, 16.0
 Ranks = Plan | str | PathLike[str] | Mapping[str, int]
-Init = str | PathLike[str] | Callable[[Group], Start]
+Init = str | PathLike[str] | Initialisation | Callable[[Group], Start]
 
 
 def attach(
@@ -63,8 +63,8 @@ def attach(
         expression that is searched in the paths of layers, or a function of path and layer. Tied weights have one ΔW.
     scale: "rslora" (alpha / √rank, Kalajdzievski 2023), "lora" (alpha / rank), or s itself.
     alpha: of the scale; 16 when absent.
-    init: one of `lora_compress.torch.starts`, a function like those, or the directory of an adapter to go on from,
-        whatever it is decomposed by; tensors that it stores whole are put into the base.
+    init: a registered initialisation (`lora-compress plugins list`), a function like those, or the directory of an
+        adapter to go on from, whatever it is decomposed by; tensors that it stores whole are put into the base.
     dtype: of the factors. With float32, autocast or the layer's input says what products are computed in.
     seed: of random factors; the same seed gives the same factors.
     dropout: probability that an adapter's input is 0 while training.
@@ -80,8 +80,8 @@ def attach(
     if not 0 <= dropout < 1 or not dtype.is_floating_point or not is_word(name):
         raise ValueError(f"dropout ({dropout}) is in [0, 1), dtype ({dtype}) a float, name ({name!r}) without dots")
     method = plugins.load().decompositions[decomposition] if isinstance(decomposition, str) else decomposition
-    stored = _stored(init, model)
-    start = stored or _named(init)
+    start = _start(init, model)
+    stored = start if isinstance(start, Stored) else None
     found = find_targets(model, targets if targets is not None else _everything(ranks, stored))
     by_tensor = _own_ranks(model, found, ranks) if ranks is not None else None
     if by_tensor is not None:
@@ -122,17 +122,19 @@ def is_word(name: str) -> bool:
     return bool(name) and "." not in name and not hasattr(nn.ModuleDict, name)
 
 
-def _stored(init: Init, model: nn.Module) -> Stored | None:
-    if callable(init) or (isinstance(init, str) and init in INITIALISATIONS):
-        return None
+def _start(init: Init, model: nn.Module) -> Stored | Initialisation:
+    """What the factors come from."""
+    if isinstance(init, Initialisation):
+        return init
+    if callable(init):
+        return Initialisation(getattr(init, "__name__", "init"), init)
+    known = plugins.load().initialisations
+    if isinstance(init, str) and init in known:
+        return known[init]
     if not Path(fspath(init)).exists():
-        known = ", ".join(INITIALISATIONS)
-        raise SelectionError(f"there is no initialisation `{fspath(init)}` and no such adapter; known are {known}")
+        names = ", ".join(each.name for each in known)
+        raise SelectionError(f"there is no initialisation `{fspath(init)}` and no such adapter; known are {names}")
     return Stored.open(Path(fspath(init)), live_model(model))
-
-
-def _named(init: Init) -> Callable[[Group], Start]:
-    return init if callable(init) else INITIALISATIONS[fspath(init)]
 
 
 def _everything(ranks: Ranks | None, stored: Stored | None) -> Targets:
@@ -225,7 +227,7 @@ def _prepare(
     rank: int | None,
     scale: str | float,
     alpha: float | None,
-    start: Stored | Callable[[Group], Start],
+    start: Stored | Initialisation,
     *,
     dtype: torch.dtype,
     seed: int,
@@ -243,10 +245,10 @@ def _prepare(
         for target in group
         for number, name in enumerate(target.matrices)
     ]
-    with plugins.blame(method.name, "failed to start factors"):
+    with plugins.blame(method.name, f"failed to start factors by `{start.name}`"):
         if not stack:
-            return _Prepared(rank, own, start(Group(method, matrices, rank, own, seed)), dtype)
-        starts = [start(Group(method, [matrix], rank, own, seed)) for matrix in matrices]
+            return _Prepared(rank, own, start.factors_of(Group(method, matrices, rank, own, seed)), dtype)
+        starts = [start.factors_of(Group(method, [matrix], rank, own, seed)) for matrix in matrices]
     layer = stacked([each.layers[0] for each in starts])
     return _Prepared(rank, own, Start([layer], starts[0].frozen, starts[0].shifts), dtype)
 

@@ -1,4 +1,4 @@
-"""What factors are before the first step: initialisations by name, or from a stored adapter.
+"""The initialisations that ship with this package.
 
 | name | factors | reference |
 |---|---|---|
@@ -14,61 +14,16 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lora_compress._native import Delta
-from lora_compress.decompositions.interface import Decomposition
 from lora_compress.errors import SelectionError
+from lora_compress.hookspecs import hookimpl
+from lora_compress.initialisations.interface import Factor, Group, Initialisation, Start
 
-Factor = NDArray[np.float32]
 # Of the core that LoRA-XS trains, at its beginning.
 CORE_DEVIATION = 1e-5
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One layer's ΔW that is to be: its tensor's name and shape, and the base's weight as a matrix, float32."""
-
-    name: str
-    rows: int
-    cols: int
-    weight: Callable[[], Factor]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers whose factors begin together: one, or those that share factors."""
-
-    decomposition: Decomposition
-    matrices: Sequence[Matrix]
-    rank: int
-    scale: float
-    seed: int
-
-    def seed_of(self, matrix: Matrix) -> int:
-        """A seed that no other tensor has."""
-        return (self.seed << 32) + zlib.crc32(matrix.name.encode())
-
-    def deltas(self) -> list[Delta]:
-        """The base's weights, for a decomposition to fit."""
-        return [Delta.from_array(np.ascontiguousarray(each.weight()), each.name) for each in self.matrices]
-
-
-@dataclass(frozen=True)
-class Start:
-    """Factors for every layer of a group, in the order of the contraction; shared ones are the same array in all.
-
-    frozen: numbers of the factors that are not trained. shifts: the base loses s·ΔW of these factors.
-    """
-
-    layers: Sequence[Sequence[Factor]]
-    frozen: frozenset[int] = frozenset()
-    shifts: bool = False
 
 
 def zero(group: Group) -> Start:
@@ -119,13 +74,16 @@ def lora_xs(group: Group) -> Start:
     return Start([[u * sigma.astype(np.float32), core.astype(np.float32), vt]], frozen=frozenset({0, 2}))
 
 
-INITIALISATIONS: Mapping[str, Callable[[Group], Start]] = {
-    "zero": zero,
-    "orthogonal": orthogonal,
-    "pissa": pissa,
-    "olora": olora,
-    "lora-xs": lora_xs,
-}
+@hookimpl
+def register_initialisations(register: Callable[[Initialisation], None]) -> None:
+    """Register those of the table above."""
+    register(Initialisation("zero", zero, "ΔW = 0: one factor is zero, the others are random"))
+    register(Initialisation("orthogonal", orthogonal, "ΔW = 0: the random factors have orthonormal rows or columns"))
+    register(Initialisation("pissa", pissa, "the principal part of W, which loses it"))
+    register(Initialisation("olora", olora, "Q and R of W, which loses their product; pairs only"))
+    register(
+        Initialisation("lora-xs", lora_xs, "singular vectors of W, frozen, around a small core; three factors only")
+    )
 
 
 def _one_array(group: Group, layers: Sequence[Sequence[Factor]]) -> list[list[Factor]]:

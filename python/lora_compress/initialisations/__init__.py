@@ -1,0 +1,1 @@
+"""What factors are before the first step of training: the interface, and what ships with this package."""
