@@ -93,6 +93,30 @@ def test_stacks_are_loaded_again(kind: str, tmp_path: Path) -> None:
         again.detach()
 
 
+@KINDS
+@pytest.mark.parametrize("decomposition", ["ab", "abc", "lokr"])
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_stacks_are_compiled_whole(kind: str, decomposition: str, implementation: str) -> None:
+    model = experts(kind).eval()
+    # The loop over experts depends on the data: no compiler sees through it, with or without adapters.
+    model.set_experts_implementation(implementation)
+    adapters = attach(model, decomposition, 3, targets=STACKS)
+    stir(adapters, size=0.3)
+
+    def loss_and_gradients(step: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = step(IDS, labels=IDS).loss
+        loss.backward()
+        return [loss.detach(), *(factor.grad.clone() for factor in adapters.parameters() if factor.grad is not None)]
+
+    torch.compiler.reset()
+    eager = loss_and_gradients(model)
+    compiled = loss_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert len(eager) == len(compiled) > 4
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_experts_have_no_dropout() -> None:
     with pytest.raises(SelectionError, match="no input of its own"):
         attach(experts("gpt_oss"), targets=STACKS, dropout=0.1)
