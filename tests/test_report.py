@@ -18,6 +18,7 @@ from lora_compress import cli
 from lora_compress.ranks import file
 from lora_compress.ranks.choice import choose
 from lora_compress.ranks.plan import Plan
+from lora_compress.ranks.recognise import recognise
 from lora_compress.report import notebook, page
 from lora_compress.verbs.plan import plan as make_plan
 
@@ -259,6 +260,25 @@ def test_a_budget_gives_the_ranks_that_python_gives(show: Open, planned: Plan, n
         assert arguments[arguments.index("--budget") + 1] == budget.replace(" ", "")
         for flag, key in {"--weights": "weights", "--max-rank": "max_rank", "--layout": "layout"}.items():
             assert (flag in arguments) == (key in limits)
+
+
+def test_a_plan_of_gradients_has_nothing_to_extract(
+    show: Open, data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `lora_compress.torch.suggest` saves."""
+    gradients = {**data, "options": {"spectra": "gradients", "batches": 8}, "base": "LlamaForCausalLM"}
+    tab = show(gradients)
+    assert text(tab, "#recognised").startswith("Ranks to train with")
+    ask(tab, "64kB")
+    arguments = shlex.split(text(tab, "#command"))
+    assert arguments[:7] == ["lora-compress", "plan", "plan.json", "-o", "ranks.json", "--budget", "64kB"]
+    assert "extract" not in text(tab, "#state")
+    (tmp_path / "plan.json").write_text(json.dumps(gradients))
+    assert recognise(file.read(tmp_path / "plan.json")).warnings == ()
+    assert cli._run(["plan", str(tmp_path / "plan.json"), "--budget", "64kB"]) == 0
+    printed = capsys.readouterr().out
+    assert "ranks to train with" in printed
+    assert "extraction" not in printed
 
 
 def test_the_slider_moves_everything_and_the_plan_comes_back(show: Open, planned: Plan, data: dict[str, Any]) -> None:

@@ -54,8 +54,15 @@ def show(plan: Plan, *, tensors: bool) -> None:
     share = plan.file_bytes / max(plan.tuned_bytes, 1)
     click.echo(
         f"{plan.choice.describe()}: {size(plan.file_bytes)} ({share:.2%} of the tuned model), ranks up to {highest}, "
-        f"relative error {plan.error:.4f}; extraction takes about {seconds(plan):.1f} s, {size(memory(plan))} of memory"
+        f"relative error {plan.error:.4f}{_cost(plan)}"
     )
+
+
+def _cost(plan: Plan) -> str:
+    """What extraction takes, where there is something to extract."""
+    if plan.is_of_gradients:
+        return "; ranks to train with"
+    return f"; extraction takes about {seconds(plan):.1f} s, {size(memory(plan))} of memory"
 
 
 def _kinds(tensors: Sequence[TensorPlan]) -> dict[tuple[str, tuple[int, ...]], list[TensorPlan]]:

@@ -77,6 +77,11 @@ class Plan:
     # Tensors whose rank depends on σ that are not known: these have what is known.
     unsettled: tuple[str, ...] = field(default=())
 
+    @property
+    def is_of_gradients(self) -> bool:
+        """Whether the spectra are those of gradients (`lora_compress.torch.suggest`): nothing is there to extract."""
+        return self.options.get("spectra") == GRADIENTS
+
     @cached_property
     def low_rank(self) -> tuple[TensorPlan, ...]:
         """The tensors with a spectrum."""

@@ -33,11 +33,11 @@ class Recognition:
 
 
 def recognise(plan: Plan) -> Recognition:
-    """Judge a plan's tensors together."""
+    """Judge a plan's tensors together; gradients are no fine-tune, and nothing is recognised in them."""
     spectra = [
         tensor.spectrum for tensor in plan.low_rank if tensor.spectrum is not None and tensor.spectrum.energy > 0
     ]
-    if not spectra:
+    if not spectra or plan.is_of_gradients:
         return Recognition(None, 0.0, 0.0, ())
     energy = math.fsum(spectrum.energy for spectrum in spectra)
     base_energy = math.fsum(spectrum.base_energy for spectrum in spectra)

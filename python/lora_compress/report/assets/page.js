@@ -71,9 +71,9 @@ function showState(fault) {
   }
   const unsettled = allocation.unsettled(state.ranks).length;
   line.textContent = unsettled
-    ? `${plural(unsettled, "tensor takes", "tensors take")} every σ that this plan knows; extract looks for more of them ` +
-      "and may share the bytes out a little better."
-    : `The ranks that extract chooses for this budget. Up to ${size(headers)} of it are for file headers.`;
+    ? `${plural(unsettled, "tensor takes", "tensors take")} every σ that this plan knows` +
+      (isOfGradients(plan) ? "." : "; extract looks for more of them and may share the bytes out a little better.")
+    : `The ranks that are chosen for this budget. Up to ${size(headers)} of it are for file headers.`;
 }
 
 /** Shows the state everywhere but in the control, if any, that the change came from. */

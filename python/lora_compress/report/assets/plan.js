@@ -60,6 +60,7 @@ function totals(plan, ranks) {
 
 /** What the fine-tune is, in a sentence or two. */
 function recognised(plan) {
+  if (isOfGradients(plan)) return "Ranks to train with: what is said of ΔW below is meant of gradients.";
   const energy = plan.lowRank.reduce((sum, tensor) => sum + tensor.energy, 0);
   if (energy === 0) return "No matrix changed: the adapter stores exact tensors only.";
   const base = plan.lowRank.reduce((sum, tensor) => sum + (tensor.base_energy ?? 0), 0);
@@ -127,14 +128,19 @@ function choiceInWords({ rule, value, ranks_allowed: allowed, multiple, max_rank
 // Rules that take a value.
 const VALUED = ["energy", "error", "threshold", "ratio"];
 
+// Spectra of gradients (`lora_compress.torch.suggest`): nothing is there to extract.
+const isOfGradients = (plan) => plan.options.spectra === "gradients";
+
 /**
- * The words of the command that extracts this adapter, each quoted for a shell; `budget` is a size as text, or null for
- * the plan's own choice.
+ * The words of the command that extracts this adapter, each quoted for a shell, or that plans the ranks to train with;
+ * `budget` is a size as text, or null for the plan's own choice.
  */
 function command(plan, budget) {
   const { rule, value, weights, ranks_allowed: allowed, multiple, max_rank: cap, layout } = plan.choice;
   const options = plan.options;
-  const words = ["lora-compress", "extract", path(plan.base), path(plan.tuned), "-o", "adapter/"];
+  const words = isOfGradients(plan)
+    ? ["lora-compress", "plan", "plan.json", "-o", "ranks.json"]
+    : ["lora-compress", "extract", path(plan.base), path(plan.tuned), "-o", "adapter/"];
   if (budget !== null) words.push("--budget", budget);
   else if (rule === "budget") words.push("--budget", String(value));
   else if (rule === "total-error") words.push("--error", String(value));
