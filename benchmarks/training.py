@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice, pairwise, product
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,9 @@ ARMS = (
 )
 
 
-def random_llama(size: Size, device: str, dtype: torch.dtype) -> Any:
-    """The same weights for the same size."""
-    torch.manual_seed(0)
+def random_llama(size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The same weights for the same size and seed."""
+    torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -153,9 +153,9 @@ def random_llama(size: Size, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def batches(size: Size, count: int, device: str) -> list[torch.Tensor]:
+def batches(size: Size, count: int, device: str, seed: int = 0) -> list[torch.Tensor]:
     """Three of four tokens follow from the one before; the others are drawn by Zipf's law."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     windows, tokens = size.batch
     chances = 1.0 / torch.arange(1, size.vocabulary + 1)
     follower = torch.randperm(size.vocabulary, generator=generator)
@@ -294,9 +294,9 @@ def measure(size: Size, args: argparse.Namespace, deadline: float) -> list[dict[
     return rows
 
 
-def from_the_same_factors(who: str, device: str) -> tuple[Any, list[Any]]:
+def from_the_same_factors(who: str, device: str, seed: int) -> tuple[Any, list[Any]]:
     """The tiny model in float32 with PEFT's factors, in PEFT or in ours: it, and what is trained."""
-    base = random_llama(SIZES["tiny"], device, torch.float32)
+    base = random_llama(SIZES["tiny"], device, torch.float32, seed)
     model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=8 * SCALE, target_modules=LINEARS))
     if who == "ours":
         theirs = {name: each for name, each in base.named_modules() if hasattr(each, "lora_A")}
@@ -308,34 +308,44 @@ def from_the_same_factors(who: str, device: str) -> tuple[Any, list[Any]]:
     return model, [each for each in model.parameters() if each.requires_grad]
 
 
-def equality(device: str, steps: int) -> dict[str, float]:
-    """From PEFT's factors, on the same batches: the largest relative difference of losses in float32, and how far the
-    losses under autocast are from PEFT's in float32, on the average.
+def curve(who: str, device: str, steps: int, seed: int, *, autocast: bool) -> torch.Tensor:
+    """Losses from PEFT's factors of a seed, on batches of that seed."""
+    data = batches(SIZES["tiny"], 8, device, seed)
+    model, trained = from_the_same_factors(who, device, seed)
+    # Plain steps: AdamW would make something of nothing where a gradient is only rounding. At five times this rate
+    # training is chaotic, and the last bit of a sum is 0.1 % of the loss 60 steps later.
+    optimizer = torch.optim.SGD(trained, lr=0.2)
+    losses = []
+    for ids in islice(cycle(data), steps):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().double())
+    return torch.stack(losses)
+
+
+def equality(device: str, steps: int, seeds: int) -> dict[str, Any]:
+    """From the same factors: the largest relative difference of losses in float32, and for every seed how far the
+    losses under autocast are from PEFT's in float32, on the average over the steps.
     """
     torch.set_float32_matmul_precision("highest")
-    data = batches(SIZES["tiny"], 8, device)
-    curves: dict[tuple[str, bool], torch.Tensor] = {}
-    for who, autocast in product(("PEFT", "ours"), (False, True)):
-        model, trained = from_the_same_factors(who, device)
-        # Plain steps: AdamW would make something of nothing where a gradient is only rounding. At five times this rate
-        # training is chaotic, and the last bit of a sum is 0.1 % of the loss 60 steps later.
-        optimizer = torch.optim.SGD(trained, lr=0.2)
-        losses = []
-        for ids in islice(cycle(data), steps):
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach().double())
-        curves[who, autocast] = torch.stack(losses)
-    exact = curves["PEFT", False]
+    differences, learnt, distances = [], [], dict[str, list[float]]({"PEFT": [], "ours": []})
+    for seed in range(seeds):
+        exact = curve("PEFT", device, steps, seed, autocast=False)
+        learnt.append(float(exact[0] - exact[-1]))
+        mine = curve("ours", device, steps, seed, autocast=False)
+        differences.append(float(((mine - exact).abs() / exact).max()))
+        for who, found in distances.items():
+            found.append(float((curve(who, device, steps, seed, autocast=True) - exact).abs().mean()))
     return {
         "steps": steps,
-        "learnt": float(exact[0] - exact[-1]),
-        "float32, relative": float(((curves["ours", False] - exact).abs() / exact).max()),
-        "ours under autocast": float((curves["ours", True] - exact).abs().mean()),
-        "PEFT under autocast": float((curves["PEFT", True] - exact).abs().mean()),
+        "learnt": learnt,
+        "float32, relative": max(differences),
+        "ours under autocast": distances["ours"],
+        "PEFT under autocast": distances["PEFT"],
+        "ours to PEFT, means": statistics.mean(distances["ours"]) / statistics.mean(distances["PEFT"]),
     }
 
 
@@ -358,7 +368,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     facts = {"peft": peft.__version__, "transformers": transformers.__version__, "rank": args.rank, "steps": args.steps}
     with loaded(lora_compress_abc, lora_compress_tensor_train):
-        equal = equality(args.device, 30 if args.quick else 100)
+        equal = equality(args.device, *((30, 2) if args.quick else (100, 8)))
         for name in args.size or (["1b", "8b", "3b"] if args.device == "cuda" else ["tiny"]):
             rows = measure(SIZES[name], args, deadline)
             facts |= {"device": device, "size": name, "batch": SIZES[name].batch, "loss equality": equal}

@@ -37,6 +37,7 @@ def test_what_it_writes_can_be_installed_and_tested(tmp_path: Path) -> None:
         "version": "0.1.0",
         "decompositions": ["my-factors"],
         "formats": [],
+        "initialisations": [],
     } in listed
     assert "2 passed" in environment.run(commands[1])
     refused = environment.run("! lora-compress plugins new my-factors -o other 2>&1")

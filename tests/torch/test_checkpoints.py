@@ -9,11 +9,12 @@ import pytest
 import torch
 from lora_compress.torch import attach
 from lora_compress.torch.checkpoints import base_names
-from lora_compress.torch.hf_trainer import AdapterCheckpoints
+from lora_compress.torch.hf_trainer import AdapterCheckpoints, quantised
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from tests.torch.training import IDS, all_plugins, tiny_llama
+from tests.torch.training import IDS, all_plugins, logits, tiny_llama
 
 DATA = [{"input_ids": (IDS[0] + n) % 60, "labels": (IDS[0] + n) % 60} for n in range(8)]
 
@@ -50,6 +51,44 @@ def test_the_best_checkpoint_is_loaded_and_the_model_is_saved_whole_afterwards(t
     adapters.detach()
     model.save_pretrained(tmp_path / "saved")
     assert {*load_file(tmp_path / "saved" / "model.safetensors")} == whole
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_factors_beside_a_quantised_base_are_trained_and_gone_on_with(bits: int, tmp_path: Path) -> None:
+    """QLoRA (Dettmers et al. 2023), by bitsandbytes."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+
+    def run(**options: Any) -> tuple[Any, Any, Any]:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, device_map="cpu")
+        adapters = attach(model, rank=4, scale=1.0)
+        with pytest.raises(ValueError, match="purely quantized"):
+            trainer(model, tmp_path / "run")
+        with quantised(model):
+            made = trainer(model, tmp_path / "run", **options)
+        made.train(resume_from_checkpoint=options.get("max_steps") == 4)
+        return model, adapters, made
+
+    model, adapters, _ = run(max_steps=2)
+    assert not model._hf_peft_config_loaded
+    before = {name: each.clone() for name, each in adapters.state_dict().items()}
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert {*checkpoint} == {*before}
+    model, adapters, second = run(max_steps=4)
+    assert second.state.global_step == 4
+    assert any(not torch.equal(each, before[name]) for name, each in adapters.state_dict().items())
+    beside = logits(model)
+    adapters.save(tmp_path / "adapter", base=tmp_path / "base")
+    adapters.detach()
+    attach(model, init=tmp_path / "adapter")
+    assert torch.equal(logits(model), beside)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, device_map="cpu")
+    # In training, as ours: bitsandbytes multiplies otherwise in evaluation on a CPU.
+    theirs = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).train()
+    # PEFT multiplies its factors in float32 too, in another order.
+    assert torch.allclose(logits(theirs), beside, atol=1e-5)
 
 
 class Interruption(TrainerCallback):

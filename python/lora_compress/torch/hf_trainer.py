@@ -6,11 +6,30 @@ Only its checkpoints are of the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from lora_compress.torch.checkpoints import base_names
+
+# What the Trainer looks at when it is made. It means PEFT's own layers, which a model is saved by: so only for then.
+HAS_ADAPTERS = "_hf_peft_config_loaded"
+
+
+@contextmanager
+def quantised(model: nn.Module) -> Iterator[None]:
+    """`with quantised(model): trainer = Trainer(model, …)`: the Trainer refuses quantised models without adapters, and
+    knows PEFT's only.
+    """
+    before = getattr(model, HAS_ADAPTERS, False)
+    setattr(model, HAS_ADAPTERS, True)
+    try:
+        yield
+    finally:
+        setattr(model, HAS_ADAPTERS, before)
 
 
 class AdapterCheckpoints(TrainerCallback):
