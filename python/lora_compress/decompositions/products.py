@@ -1,8 +1,8 @@
 """Products of a network whose order is settled once, for factors that are multiplied in every step of a training.
 
 `Network` plans by shape at every call, with a cache; here all that can be known before the first call is: which
-pairwise products there are, in which order, and whether there are any at all. What remains is a handful of einsums,
-which compilers trace. Arrays and einsum are NumPy's or torch's.
+pairwise products there are, in which order, and whether there are any at all. What remains is a handful of matrix
+products, or einsums where an index is on both sides, which compilers trace. Arrays and einsum are NumPy's or torch's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,45 @@ STACK = "matrix of a stack"
 
 
 @dataclass(frozen=True)
-class Product:
-    """A contraction as pairwise einsums: positions of the operands among those that are left, and the equation."""
+class Step:
+    """One product of two operands (one, where an index is only summed), taken from those that are left.
 
-    steps: tuple[tuple[tuple[int, ...], str], ...]
+    shared: how many indices are summed where they are the last of the first operand and the first of the second, and
+        the result has the others in their order: a matrix product, which takes half of what torch does for an einsum.
+    """
+
+    positions: tuple[int, ...]
+    equation: str
+    shared: int = 0
+
+    @classmethod
+    def of(cls, positions: Sequence[int], equation: str) -> Step:
+        """As opt_einsum describes it."""
+        terms, _, output = equation.partition("->")
+        found = tuple(terms.split(","))
+        for (left, right), placed in ((found, positions), (found[::-1], positions[::-1])) if len(found) == 2 else ():
+            count = len({*left} & {*right})
+            if count and left[-count:] == right[:count] and output == left[:-count] + right[count:]:
+                return cls(tuple(placed), f"{left},{right}->{output}", count)
+        return cls(tuple(positions), equation)
+
+    def __call__(self, einsum: Einsum, operands: Sequence[Any]) -> Any:
+        """The product of the operands, in the order of `positions`."""
+        if not self.shared:
+            return einsum(self.equation, *operands)
+        left, right = operands
+        if left.ndim == right.ndim == 2:
+            return left @ right
+        size = math.prod(right.shape[: self.shared])
+        made = left.reshape(-1, size) @ right.reshape(size, -1)
+        return made.reshape(*left.shape[: -self.shared], *right.shape[self.shared :])
+
+
+@dataclass(frozen=True)
+class Product:
+    """A contraction step by step."""
+
+    steps: tuple[Step, ...]
 
     @classmethod
     def plan(cls, terms: Sequence[Term], output: Term, sizes: Mapping[str, int]) -> Product:
@@ -39,15 +74,17 @@ class Product:
         _, found = opt_einsum.contract_path(
             equation(tuple(terms), output), *shapes, shapes=True, optimize=order(len(terms))
         )
-        return cls(tuple((tuple(step[0]), step[2]) for step in found.contraction_list))
+        return cls(tuple(Step.of(tuple(step[0]), step[2]) for step in found.contraction_list))
 
     def __call__(self, einsum: Einsum, arrays: Sequence[Any]) -> Any:
         """The product of the arrays, one for each term."""
         held = list(arrays)
-        for positions, text in self.steps:
-            # Positions descend, so that taking one does not move the next.
-            operands = [held.pop(position) for position in positions]
-            held.append(einsum(text, *operands))
+        for step in self.steps:
+            operands = [held[position] for position in step.positions]
+            # From the last, so that taking one does not move the next.
+            for position in sorted(step.positions, reverse=True):
+                del held[position]
+            held.append(step(einsum, operands))
         return held[0]
 
 
