@@ -41,7 +41,7 @@ def fastest(command: list[str], out: Path) -> Process:
 
 
 def main() -> None:
-    """Measure all three in one run. None of them waits for the disk (no fsync)."""
+    """Measure all in one run, bases of other types too. None of them waits for the disk (no fsync)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
@@ -51,13 +51,22 @@ def main() -> None:
     ours("extract", str(base), str(folder / "tuned"), "-o", str(adapter), "--rank", "64", "--force")
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         out = Path(scratch) / "out"
-        merge = [sys.executable, "-m", "lora_compress", "merge", str(base), str(adapter), "--quiet", "-o"]
+
+        def merge(base: Path, *options: str) -> list[str]:
+            command = [sys.executable, "-m", "lora_compress", "merge", str(base), str(adapter), "--quiet"]
+            return [*command, *options, "-o"]
+
         ways = {
-            "lora-compress merge": merge,
-            "the same with --keep-base-patch": [*merge[:-1], "--keep-base-patch", "-o"],
+            "lora-compress merge": merge(base),
+            "the same with --keep-base-patch": merge(base, "--keep-base-patch"),
             "cp -r": ["cp", "-r", str(base)],
             "PEFT: load, merge, save": [sys.executable, "-c", PEFT, str(base), str(adapter)],
         }
+        for dtype in ("F16", "F32"):
+            other = folder / f"base-{dtype}"
+            ours("merge", str(base), str(adapter), "--dtype", dtype, "-o", str(other), "--force")
+            ways[f"lora-compress merge of {dtype}"] = merge(other, "--any-base")
+            ways[f"cp -r of {dtype}"] = ["cp", "-r", str(other)]
         rows: list[dict[str, Any]] = []
         for way, command in ways.items():
             process = fastest(command, out)

@@ -25,16 +25,8 @@ WIDTH, HEIGHT = 60, 10
 
 def show(plan: Plan, *, tensors: bool) -> None:
     """Print all of it on stdout."""
-    columns = [
-        "tensor " if tensors else "module ",
-        "tensors",
-        "shape",
-        "‖ΔW‖/‖W‖",
-        "noise",
-        "rank (median)",
-        "bytes",
-        "error",
-    ]
+    first = "tensor " if tensors else "module "
+    columns = [first, "tensors", "shape", "‖ΔW‖/‖W‖", "noise", "rank (median)", "bytes", "error"]
     groups = [[tensor] for tensor in plan.low_rank] if tensors else list(_kinds(plan.low_rank).values())
     print_table(columns, [_row(group, by_name=tensors) for group in groups])
     others = [tensor for tensor in plan.tensors if tensor.spectrum is None and tensor.fixed]

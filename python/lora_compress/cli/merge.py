@@ -46,7 +46,7 @@ Examples:
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @common_options
 def command(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Merge ADAPTERS into BASE: W' = round(W + Σ w·s·B·A), summed in float32 and rounded once.
+    """Merge ADAPTERS into BASE: W' = round(W + Σ w·s·B·A), rounded once.
 
     The output has the base's shards, dtypes and order; tensors that no adapter touches are copied byte for byte, and so
     are configuration and tokenizer. Where the dtype is too coarse for the update, a warning says how much of it

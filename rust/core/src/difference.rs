@@ -300,12 +300,8 @@ fn overlap(base: &Checkpoint, tuned: &Checkpoint, name: &str) -> Result<(usize, 
 
 /// Stored elements as f32, exactly; not for F64.
 fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    if dtype == Dtype::BF16 {
-        kernel::widen_bf16(bytes, out);
-    } else {
-        // The dtypes were checked when the difference was opened.
-        let _ = decode(dtype, bytes, out);
-    }
+    // The dtypes were checked when the difference was opened.
+    let _ = decode(dtype, bytes, out);
 }
 
 /// The difference where one side is F64: formed in f64, then rounded.

@@ -7,6 +7,8 @@ use std::fmt;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
+use crate::kernel;
+
 /// Element type of a stored tensor, named as in the safetensors format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(non_camel_case_types, missing_docs)] // The names are the format's own.
@@ -133,8 +135,6 @@ pub(crate) trait Element: Copy {
     const BYTES: usize;
     /// The stored value, exactly.
     fn read(bytes: &[u8]) -> f64;
-    /// The stored value as f32: exact but for F64, which is rounded.
-    fn read_f32(bytes: &[u8]) -> f32;
     /// Rounds `value` to this type; returns whether the result is finite.
     fn write(value: f64, out: &mut [u8]) -> bool;
     /// Rounds an f32 to this type and back.
@@ -174,11 +174,6 @@ macro_rules! element {
             #[inline(always)]
             fn read(bytes: &[u8]) -> f64 {
                 f64::from(Self::load(bytes))
-            }
-
-            #[inline(always)]
-            fn read_f32(bytes: &[u8]) -> f32 {
-                Self::load(bytes) as f32
             }
 
             #[inline(always)]
@@ -235,12 +230,14 @@ pub(crate) use with_element;
 /// Decodes stored elements to f32 (F64 is rounded); false for a dtype this crate does not compute with.
 #[must_use]
 pub fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
-    with_element!(dtype, E => {
-        for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(E::BYTES)) {
-            *value = E::read_f32(raw);
-        }
-    })
-    .is_some()
+    match dtype {
+        Dtype::BF16 => kernel::widen_bf16(bytes, out),
+        Dtype::F16 => kernel::widen_f16(bytes, out),
+        Dtype::F32 => out.iter_mut().zip(bytes.chunks_exact(4)).for_each(|(value, raw)| *value = F32::load(raw)),
+        Dtype::F64 => out.iter_mut().zip(bytes.chunks_exact(8)).for_each(|(value, raw)| *value = F64::load(raw) as f32),
+        _ => return false,
+    }
+    true
 }
 
 /// Encodes f32 values, each rounded once; `None` for a dtype this crate does not compute with.

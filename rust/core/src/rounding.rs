@@ -52,21 +52,33 @@ pub(crate) fn apply(
         }
         _ => None,
     };
-    if dtypes == (Dtype::BF16, Dtype::BF16) && seed.is_none() {
-        let applied = kernel::apply_bf16(stored, delta, out);
-        if !applied.overflows {
-            return Ok(applied);
-        }
-        // The slower way says where.
+    if seed.is_none()
+        && let Some(applied) = kernel::apply(dtypes, stored, delta, out)
+        && !applied.overflows
+    {
+        return Ok(applied);
     }
-    let merged = with_element!(dtypes.0, W => with_element!(dtypes.1, T => {
-        add_elements::<W, T>(stored, delta, dtypes.0 == dtypes.1, first as u64, seed, out)
-    }));
-    match merged.flatten() {
+    // The slower way says where a sum is too large.
+    match apply_elementwise(dtypes, stored, delta, (first as u64, seed), out) {
         Some(Ok(applied)) => Ok(applied),
         Some(Err((index, value))) => Err(overflow(name, first + index, value, dtypes.1)),
         None => Err(no_arithmetic(name, dtypes)),
     }
+}
+
+/// What [`apply`] does, element by element in f64, at random where there is a `seed`; indices count from the first number. `None` for
+/// dtypes without arithmetic.
+pub(crate) fn apply_elementwise(
+    dtypes: (Dtype, Dtype),
+    stored: &[u8],
+    delta: &[f32],
+    (first, seed): (u64, Option<u64>),
+    out: &mut [u8],
+) -> Option<std::result::Result<Applied, (usize, f64)>> {
+    with_element!(dtypes.0, W => with_element!(dtypes.1, T => {
+        add_elements::<W, T>(stored, delta, dtypes.0 == dtypes.1, first, seed, out)
+    }))
+    .flatten()
 }
 
 /// Elements in another dtype, each rounded once to nearest. NaN and infinities stay what they are.
@@ -101,8 +113,21 @@ fn no_arithmetic(name: &str, dtypes: (Dtype, Dtype)) -> Error {
     Error::Computed { name: name.into(), reason: format!("{} and {} have no arithmetic here", dtypes.0, dtypes.1) }
 }
 
-/// W + D in f64, which is exact for all but sums of far apart magnitudes, then rounded once. Returns the first element whose
-/// finite sum does not fit.
+/// `x + y`, where what is lost sets the last bit: rounding that to a shorter type gives what rounding the exact sum would (Boldo &
+/// Melquiond 2008, by the error of Knuth's two-sum).
+fn sum_to_odd(x: f64, y: f64) -> f64 {
+    let sum = x + y;
+    let part = sum - x;
+    let lost = (x - (sum - part)) + (y - part);
+    if lost == 0.0 || sum.to_bits() & 1 == 1 || !sum.is_finite() {
+        return sum;
+    }
+    // Away from zero codes grow, towards it they fall.
+    let away = (lost > 0.0) == (sum > 0.0);
+    f64::from_bits(if away { sum.to_bits() + 1 } else { sum.to_bits() - 1 })
+}
+
+/// The exact W + D, rounded once. Returns the first element whose finite sum does not fit.
 fn add_elements<W: Element, T: Element>(
     stored: &[u8],
     delta: &[f32],
@@ -119,7 +144,12 @@ fn add_elements<W: Element, T: Element>(
             continue;
         }
         let value = W::read(stored);
-        let sum = value + f64::from(step);
+        // −0 + 0 is 0.
+        let sum = match step {
+            0.0 => value,
+            _ if T::BYTES == 8 => value + f64::from(step),
+            _ => sum_to_odd(value, f64::from(step)),
+        };
         if !T::write(sum, out) && value.is_finite() {
             return Err((index, sum));
         }
@@ -133,7 +163,8 @@ fn add_elements<W: Element, T: Element>(
             applied.touched += 1;
             applied.lost += u64::from(change == 0.0);
             applied.asked += f64::from(step) * f64::from(step);
-            applied.got += change * f64::from(step);
+            // Of what is no number in W, nothing can arrive.
+            applied.got += if change.is_finite() { change * f64::from(step) } else { 0.0 };
         }
     }
     Ok(applied)

@@ -1,6 +1,9 @@
 //! Loops over elements, compiled for several instruction sets. All give the same bits: sums run in sixteen lanes of f64 that are
 //! written out, and Rust never contracts a multiplication and an addition.
 
+use super::code::Code;
+use crate::dtype::{Bf16, F16};
+
 /// Lanes of a sum.
 pub(super) const LANES: usize = 16;
 
@@ -70,12 +73,24 @@ macro_rules! dispatched {
 
 pub(super) use dispatched;
 
+#[inline(always)]
+fn widen<C: Code>(bytes: &[u8], out: &mut [f32]) {
+    for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(C::BYTES)) {
+        *value = C::widen(C::load(raw, 0));
+    }
+}
+
 dispatched! {
     /// Little-endian bf16 as f32.
     fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
-        for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-            *value = f32::from_bits(u32::from(u16::from_le_bytes([raw[0], raw[1]])) << 16);
-        }
+        widen::<Bf16>(bytes, out);
+    }
+}
+
+dispatched! {
+    /// Little-endian f16 as f32.
+    fn widen_f16(bytes: &[u8], out: &mut [f32]) {
+        widen::<F16>(bytes, out);
     }
 }
 

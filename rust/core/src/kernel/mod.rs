@@ -17,6 +17,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod apply;
+mod code;
 mod dispatch;
 mod elementwise;
 #[cfg(target_arch = "x86_64")]
@@ -34,8 +35,8 @@ mod x86;
 use std::sync::OnceLock;
 
 pub use apply::Applied;
-pub(crate) use apply::apply_bf16;
-pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16};
+pub(crate) use apply::apply;
+pub(crate) use elementwise::{Sums, inner_tile, subtract, sum_squares, widen_bf16, widen_f16};
 use faer::{Mat, MatMut, MatRef};
 pub(crate) use low_rank::{Factors, STRIP};
 pub(crate) use pack::{Packing, Rounding, pack_rows, subtract_and_pack};
