@@ -198,8 +198,10 @@ impl LoadedUpdate<'_> {
     fn delta_tile(&self, rows: Range<usize>, cols: Range<usize>, whole: &[Cow<'_, [f32]>], delta: &mut [f32]) {
         self.factors.multiply(rows, cols.clone(), delta);
         for values in whole {
-            let values = values.chunks_exact(self.cols.max(1)).filter_map(|row| row.get(cols.clone())).flatten();
-            delta.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            let rows = delta.chunks_exact_mut(cols.len().max(1)).zip(values.chunks_exact(self.cols.max(1)));
+            for (sums, row) in rows {
+                sums.iter_mut().zip(&row[cols.clone()]).for_each(|(sum, value)| *sum += value);
+            }
         }
     }
 
@@ -257,11 +259,14 @@ impl LoadedUpdate<'_> {
             let cols = first..(first + TILE).min(self.cols);
             scratch.delta.resize(range.len() * cols.len(), 0.0);
             self.delta_tile(range.clone(), cols.clone(), &whole, &mut scratch.delta);
-            for (row, delta) in scratch.delta.chunks_exact(cols.len()).enumerate() {
-                let part = row * self.cols + cols.start..row * self.cols + cols.end;
+            // Rows of a tile that is the tensor's width follow each other.
+            let run = if cols.len() == self.cols { scratch.delta.len() } else { cols.len() };
+            for (row, delta) in scratch.delta.chunks(run.max(1)).enumerate() {
+                let begin = row * self.cols + cols.start;
+                let part = begin..begin + delta.len();
                 let base = &scratch.base[part.start * from..part.end * from];
                 let out = &mut scratch.out[part.start * to..part.end * to];
-                let index = range.start * self.cols + part.start;
+                let index = range.start * self.cols + begin;
                 applied.add(rounding::apply(self.name, index, (stored, target), base, delta, storing, out)?);
             }
         }

@@ -201,6 +201,45 @@ fn merging_is_the_same_on_any_number_of_threads() {
 }
 
 #[test]
+fn all_that_a_wide_tensor_is_made_of_is_summed_in_every_tile() {
+    let (rows, cols, rank) = (300, 1100, 3);
+    let fill = |count: usize, step: f32| (0..count).map(|i| ((i as f32 * step) % 1.7) - 0.8).collect::<Vec<f32>>();
+    let (w, b, a) = (fill(rows * cols, 0.37), fill(rows * rank, 0.11), fill(rank * cols, 0.73));
+    let (dense, other) = (fill(rows * cols, 0.53), fill(rows * cols, 0.29));
+    let mut case = Case::low_rank(Dtype::F32, [rows, cols], &w, rank, &b, &a, 0.5);
+    let side = case.folder.path().join("side.safetensors");
+    write(&side, &BTreeMap::from([("other".into(), tensor(Dtype::F32, &[rows, cols], &other))]));
+    let source = Source { checkpoint: Arc::new(Checkpoint::open(&side).unwrap()), name: "other".into() };
+    let matrix = Matrix::new(rows, cols, dense.clone()).unwrap();
+    let update = case.updates.get_mut("w").unwrap();
+    update.computed = vec![Computed::new(move || Ok(Values::Dense(matrix.clone())))];
+    update.replacements = vec![(source, 0.25)];
+    let merged = case.merge("merged.safetensors").unwrap();
+    let mut found = vec![0f32; rows * cols];
+    assert!(decode(Dtype::F32, &merged["w"].2, &mut found));
+    for (at, &found) in found.iter().enumerate() {
+        let (i, j) = (at / cols, at % cols);
+        let product: f64 = (0..rank).map(|k| f64::from(b[i * rank + k]) * f64::from(a[k * cols + j])).sum();
+        let [w, dense, other] = [w[at], dense[at], other[at]].map(f64::from);
+        let exact = w + 0.5 * product + dense + 0.25 * (other - w);
+        // Seven numbers of at most 1, each sum of which is rounded to f32.
+        assert!((f64::from(found) - exact).abs() <= 7.0 * 8.0 * 2f64.powi(-24), "at {i}, {j}");
+    }
+}
+
+#[test]
+fn chances_follow_the_element_and_not_the_tile() {
+    // One row of 2200 and two of 1100 with the same updates: an element has the same place in both.
+    let fill = |count: usize, step: f32| (0..count).map(|i| ((i as f32 * step) % 1.7) - 0.8).collect::<Vec<f32>>();
+    let (w, a) = (fill(2200, 0.37), fill(1100, 0.73));
+    let storing = Storing { dtype: None, rounding: Rounding::Stochastic(3) };
+    let wide = Case::low_rank(Dtype::BF16, [1, 2200], &w, 1, &[0.01], &[a.clone(), a.clone()].concat(), 1.0);
+    let tall = Case::low_rank(Dtype::BF16, [2, 1100], &w, 1, &[0.01, 0.01], &a, 1.0);
+    let bytes = |case: &Case| case.store("merged.safetensors", &storing).unwrap().0["w"].2.clone();
+    assert_eq!(bytes(&wide), bytes(&tall));
+}
+
+#[test]
 fn a_replacement_is_copied_and_new_rows_are_appended() {
     let mut case = Case::low_rank(Dtype::BF16, [2, 3], &[1.0; 6], 1, &[0.0; 2], &[0.0; 3], 1.0);
     let side_path = case.folder.path().join("side.safetensors");
@@ -229,13 +268,15 @@ proptest! {
     #[test]
     fn other_dtypes_are_rounded_once_from_the_exact_sum(
         from in floats(), to in floats(), seed in any::<u64>(), stochastic in any::<bool>(),
+        // Of one tile and of several, of one panel and of two.
+        (rows, cols) in prop_oneof![Just((9, 21)), Just((5, 512)), Just((40, 513)), Just((3, 1100))],
     ) {
         let mut state = seed | 1;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             ((state >> 40) as f32 / 8_388_608.0 - 1.0) * 2f32.powi((state >> 33) as i32 % 6)
         };
-        let (rows, cols, rank) = (9, 21, 2);
+        let rank = 2;
         let (w, b, a): (Vec<f32>, Vec<f32>, Vec<f32>) = (
             (0..rows * cols).map(|_| next()).collect(),
             (0..rows * rank).map(|_| next()).collect(),
