@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ def test_starts_that_are_none_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Initialisation("bad", lambda group, start=start: start).factors_of(a_group())  # type: ignore[misc]
     assert Initialisation("good", lambda group: good).factors_of(a_group()) is good
+    group = a_group()
+    depth = Decomposition("depth", "layer out r, r in", group=lora_compress.across_depth)
+    pair = Group(depth, [group.matrices[0], group.matrices[0]], 2, scale=1.0, seed=0)
+    one, other = np.ones((2, 5), np.float32), np.zeros((2, 5), np.float32)
+    for shared, is_good in ((one, True), (one.copy(), True), (other, False)):
+        start = Start([[np.ones((6, 2), np.float32), one], [np.zeros((6, 2), np.float32), shared]])
+        with nullcontext() if is_good else pytest.raises(ValueError, match="factor 2 is shared, but not the same"):
+            Initialisation("mine", lambda group, start=start: start).factors_of(pair)  # type: ignore[misc]
 
 
 def test_every_hook_is_documented_and_tested() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 from lora_compress.decompositions.network import Network
-from lora_compress.decompositions.products import plan_dense, plan_forward, plan_pair
+from lora_compress.decompositions.products import Step, plan_dense, plan_forward, plan_pair
 
 SIZES = {"out": 6, "in": 8, "r": 2, "s": 2, "p": 2, "q": 3, "o1": 3, "o2": 2, "i1": 4, "i2": 2, "a": 2, "b": 2, "c": 2}
 PAIRS = (
@@ -37,6 +39,31 @@ def test_planned_products_are_the_networks(text: str, rng: np.random.Generator) 
         b, a = pair(np.einsum, factors)
         assert (b.shape, a.shape) == ((6, pair.rank), (pair.rank, 8))
         np.testing.assert_allclose(b @ a, dense, atol=CLOSE)
+
+
+@pytest.mark.parametrize("text", ["out r, r in, g, g", "out r, r in, p q, p q", "out r, r in, p q, q p"])
+def test_factors_that_multiply_to_a_number_scale_the_others(text: str, rng: np.random.Generator) -> None:
+    network, sizes = Network.parse(text), SIZES | {"g": 3}
+    factors = [rng.uniform(-1, 1, shape) for shape in network.shapes(sizes)]
+    made = plan_dense(network, sizes)(np.einsum, factors)
+    np.testing.assert_allclose(made, network.dense(factors), atol=CLOSE)
+
+
+def test_steps_are_the_einsums_that_they_stand_for(rng: np.random.Generator) -> None:
+    sizes = {"a": 2, "b": 3, "c": 4}
+    terms = ["".join(each) for count in (1, 2, 3) for each in permutations("abc", count)]
+    shortcuts = 0
+    for left, right in product(terms, terms):
+        shared = {*left} & {*right}
+        outputs = {"".join(each) for each in permutations(sorted({*left, *right} - shared))}
+        for output in outputs:
+            step = Step.of((0, 1), f"{left},{right}->{output}")
+            shortcuts += step.shared > 0
+            operands = [rng.uniform(-1, 1, [sizes[index] for index in term]) for term in (left, right)]
+            expected = np.einsum(f"{left},{right}->{output}", *operands)
+            found = step(np.einsum, [operands[position] for position in step.positions])
+            np.testing.assert_allclose(found, expected, atol=CLOSE, err_msg=f"{left},{right}->{output}")
+    assert shortcuts > 20
 
 
 def test_a_pair_is_its_factors_themselves(rng: np.random.Generator) -> None:

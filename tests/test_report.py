@@ -263,22 +263,32 @@ def test_a_budget_gives_the_ranks_that_python_gives(show: Open, planned: Plan, n
 
 
 def test_a_plan_of_gradients_has_nothing_to_extract(
-    show: Open, data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    show: Open,
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What `lora_compress.torch.suggest` saves."""
-    gradients = {**data, "options": {"spectra": "gradients", "batches": 8}, "base": "LlamaForCausalLM"}
+    gradients = {**data, "options": {"spectra": "gradients", "batches": 8, "seed": 3, "scale": "rslora", "alpha": 16.0}}
+    gradients["base"] = "LlamaForCausalLM"
     tab = show(gradients)
     assert text(tab, "#recognised").startswith("Ranks to train with")
     ask(tab, "64kB")
-    arguments = shlex.split(text(tab, "#command"))
-    assert arguments[:7] == ["lora-compress", "plan", "plan.json", "-o", "ranks.json", "--budget", "64kB"]
     assert "extract" not in text(tab, "#state")
-    (tmp_path / "plan.json").write_text(json.dumps(gradients))
-    assert recognise(file.read(tmp_path / "plan.json")).warnings == ()
-    assert cli._run(["plan", str(tmp_path / "plan.json"), "--budget", "64kB"]) == 0
+    # The command that is shown is taken.
+    monkeypatch.chdir(tmp_path)
+    Path("plan.json").write_text(json.dumps(gradients))
+    assert recognise(file.read(Path("plan.json"))).warnings == ()
+    command = shlex.split(text(tab, "#command"))
+    assert command == ["lora-compress", "plan", "plan.json", "-o", "ranks.json", "--budget", "64kB"]
+    assert cli._run(command[1:]) == 0
+    assert file.read(Path("ranks.json")).file_bytes <= 64_000
     printed = capsys.readouterr().out
     assert "ranks to train with" in printed
     assert "extraction" not in printed
+    assert cli._run(["plan", "plan.json", "--rank", "4000"]) != 0
+    assert "call `suggest` again" in capsys.readouterr().err
 
 
 def test_the_slider_moves_everything_and_the_plan_comes_back(show: Open, planned: Plan, data: dict[str, Any]) -> None:

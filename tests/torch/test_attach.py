@@ -298,7 +298,9 @@ def test_initialisations_of_plugins_and_of_ones_own() -> None:
     assert all((value == 0.25).all() for value in by_name.values())
     model = tiny_llama()
     doubles: Any = [np.ones((4, 4)), np.ones((4, 4))]
-    with pytest.raises(PluginError, match="`ab` failed to start factors by `wide`: ValueError: factor 1 is float64"):
+    with pytest.raises(
+        PluginError, match=r"`wide` failed to start factors of `ab` for `model.*`: ValueError: factor 1 is float64"
+    ):
         attach(model, init=Initialisation("wide", lambda group: Start([doubles])))
     assert not any(".adapter." in name for name, _ in model.named_parameters())
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from lora_compress import SelectionError
 from lora_compress.torch import attach
 from lora_compress.torch.checkpoints import base_names
 from lora_compress.torch.hf_trainer import AdapterCheckpoints, quantised
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from tests.torch.training import IDS, all_plugins, logits, tiny_llama
@@ -35,6 +39,27 @@ def test_frozen_factors_are_kept_and_what_else_is_trained(tied: bool) -> None:
     model.model.norm.weight.requires_grad_(requires_grad=True)
     kept = {*model.state_dict()} - base_names(model)
     assert kept == {*adapters.state_dict(), "model.norm.weight"}
+
+
+class Packed(nn.Linear):
+    """A layer that stores itself in a way of its own."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self.weight.detach().sum()
+
+
+def test_what_layers_store_beside_parameters_goes_with_them() -> None:
+    model = nn.Sequential(Packed(4, 4), Packed(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    # As CLIP's temperature: a parameter of the model itself, above all others.
+    model.register_parameter("temperature", nn.Parameter(torch.ones(())))
+    adapters = attach(model, rank=2, targets="^(0|2)")
+    model[1].requires_grad_(requires_grad=True)
+    model[2][0] = checkpoint_wrapper(model[2][0])
+    kept = {*model.state_dict()} - base_names(model)
+    factors = {name.replace("_checkpoint_wrapped_module.", "") for name, _ in adapters.named_parameters()}
+    assert len(factors) == 4
+    assert kept == {*factors, "1.weight", "1.bias", "1.packed"}
 
 
 def test_the_best_checkpoint_is_loaded_and_the_model_is_saved_whole_afterwards(tmp_path: Path) -> None:
@@ -73,6 +98,11 @@ def test_factors_beside_a_quantised_base_are_trained_and_gone_on_with(bits: int,
 
     model, adapters, _ = run(max_steps=2)
     assert not model._hf_peft_config_loaded
+    with mock.patch.object(type(model.hf_quantizer), "is_trainable", False):  # noqa: SIM117
+        with pytest.raises(SelectionError, match="does not support training"), quantised(model):
+            pass
+    with pytest.raises(SelectionError, match="no factors to train"), quantised(tiny_llama()):
+        pass
     before = {name: each.clone() for name, each in adapters.state_dict().items()}
     checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     assert {*checkpoint} == {*before}

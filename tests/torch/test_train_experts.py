@@ -10,7 +10,9 @@ from typing import Any
 import lora_compress
 import pytest
 import torch
-from lora_compress import SelectionError
+from lora_compress import PluginError, SelectionError, Start
+from lora_compress.initialisations.built_in import zero
+from lora_compress.initialisations.interface import Group
 from lora_compress.torch import attach
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -115,6 +117,27 @@ def test_stacks_are_compiled_whole(kind: str, decomposition: str, implementation
     assert len(eager) == len(compiled) > 4
     for ours, theirs in zip(compiled, eager, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_need_fewer_directions_begin_with_them() -> None:
+    model = experts("qwen2_moe").eval()
+    weight = model.model.layers[0].mlp.experts.gate_up_proj
+    with torch.no_grad():
+        weight[1] = weight[1, :, :1] @ weight[1, :1]
+    before = logits(model)
+    attach(model, rank=3, targets=STACKS, init="pissa")
+    assert torch.allclose(logits(model), before, atol=1e-4)
+
+
+def test_experts_begin_alike() -> None:
+    def odd(group: Group) -> Start:
+        frozen = frozenset({0}) if group.matrices[0].name.endswith("[0]") else frozenset()
+        return Start(zero(group).layers, frozen=frozen)
+
+    with pytest.raises(
+        PluginError, match=r"`odd` failed to start factors of `ab` for `.*proj`: .*same for all experts"
+    ):
+        attach(experts("gpt_oss"), targets=STACKS, init=odd)
 
 
 def test_experts_have_no_dropout() -> None:

@@ -73,9 +73,14 @@ def command(
         result = file.read(base)
         result = result.choose(choose(**asked, instead_of=result.choice))
         if result.unsettled:
+            again = (
+                "call `suggest` again with this wish"
+                if result.is_of_gradients
+                else f"plan again with this wish from `{result.base}` and `{result.tuned}`"
+            )
             raise PlanError(
                 f"{result.choice.describe()} depends on singular values that `{base}` does not have (it ends at an "
-                f"error of {result.error:.4f}): plan again with this wish from `{result.base}` and `{result.tuned}`"
+                f"error of {result.error:.4f}): {again}"
             )
     else:
         with progress(quiet=quiet or as_json) as bar:

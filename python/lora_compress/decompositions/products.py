@@ -43,7 +43,7 @@ class Step:
         found = tuple(terms.split(","))
         for (left, right), placed in ((found, positions), (found[::-1], positions[::-1])) if len(found) == 2 else ():
             count = len({*left} & {*right})
-            if count and left[-count:] == right[:count] and output == left[:-count] + right[count:]:
+            if count and output and left[-count:] == right[:count] and output == left[:-count] + right[count:]:
                 return cls(tuple(placed), f"{left},{right}->{output}", count)
         return cls(tuple(positions), equation)
 
@@ -52,7 +52,7 @@ class Step:
         if not self.shared:
             return einsum(self.equation, *operands)
         left, right = operands
-        if left.ndim == right.ndim == 2:
+        if left.ndim == right.ndim == 2 and self.shared == 1:
             return left @ right
         size = math.prod(right.shape[: self.shared])
         made = left.reshape(-1, size) @ right.reshape(size, -1)

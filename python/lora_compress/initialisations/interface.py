@@ -73,15 +73,19 @@ class Initialisation:
         """The factors of a group.
 
         Raises `ValueError` for what is not that: other shapes than the layers', the contraction's and the rank's;
-        values that are not finite float32.
+        values that are not finite float32; shared factors that differ.
         """
         start = self.start(group)
         if not isinstance(start, Start):
             raise ValueError(f"an initialisation returns a Start, not {type(start).__name__}")
         if len(start.layers) != len(group.matrices):
             raise ValueError(f"factors of {len(start.layers)} layers for {len(group.matrices)}")
+        own = group.decomposition.network.own
         for factors, matrix in zip(start.layers, group.matrices, strict=True):
             group.decomposition.check(factors, (matrix.rows, matrix.cols), group.rank)
-        if strangers := start.frozen - set(range(len(group.decomposition.network.own))):
+            for number, (mine, first) in enumerate(zip(factors, start.layers[0], strict=True)):
+                if not own[number] and not np.array_equal(mine, first):
+                    raise ValueError(f"factor {number + 1} is shared, but not the same for all layers")
+        if strangers := start.frozen - set(range(len(own))):
             raise ValueError(f"there is no factor number {min(strangers)} to be frozen")
         return start

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lora_compress.torch.adapter import Adapters
-
-EXTRA_STATE = "_extra_state"
 
 
 def base_names(module: nn.Module) -> set[str]:
@@ -16,18 +18,25 @@ def base_names(module: nn.Module) -> set[str]:
     What remains is all that training changes (factors, whatever else was made trainable, buffers) and frozen factors.
     """
     factors = {id(each) for child in module.modules() if isinstance(child, Adapters) for each in child.parameters()}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    frozen = {name for name, each in parameters.items() if not each.requires_grad and id(each) not in factors}
-    layers = {name.rpartition(".")[0] for name in frozen}
-    # Layers put these into state dicts by themselves: they are neither parameters nor buffers.
-    unnamed = {*module.state_dict()} - {*parameters} - {name for name, _ in module.named_buffers()}
-    return frozen | {name for name in unnamed if not name.endswith(EXTRA_STATE) and _is_below(name, layers)}
+    names = {
+        name
+        for name, each in module.named_parameters(remove_duplicate=False)
+        if not each.requires_grad and id(each) not in factors
+    }
+    for path, layer in module.named_modules(remove_duplicate=False):
+        own = list(layer.parameters(recurse=False))
+        if own and not any(each.requires_grad or id(each) in factors for each in own):
+            prefix = path + "." if path else ""
+            names |= {prefix + name for name in _unnamed(layer)}
+    # What checkpoints activations takes its own name out of state dicts.
+    return {name.replace(_CHECKPOINT_PREFIX, "") for name in names}
 
 
-def _is_below(name: str, layers: set[str]) -> bool:
-    """Whether a name is that of something in one of the layers."""
-    while name:
-        name = name.rpartition(".")[0]
-        if name in layers:
-            return True
-    return False
+def _unnamed(layer: nn.Module) -> set[str]:
+    """What a layer puts into state dicts that is neither a parameter nor a buffer of it."""
+    if type(layer)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return set()
+    saved: dict[str, Any] = {}
+    # The layer's own part of `state_dict()`: that of a whole model would gather what is sharded.
+    layer._save_to_state_dict(saved, "", True)
+    return {*saved} - {*layer._parameters, *layer._buffers, _EXTRA_STATE_KEY_SUFFIX}

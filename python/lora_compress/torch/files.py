@@ -141,8 +141,17 @@ def stored_layers(
 
 
 def stacked(layers: Sequence[Sequence[Factor]]) -> list[Factor]:
-    """Factors of the matrices of a stack, the number of the matrix as their first index."""
-    return [np.stack(factors) for factors in zip(*layers, strict=True)]
+    """Factors of the matrices of a stack, with the number of the matrix as first index. Where bonds differ, the smaller
+    end in zeros: ΔW is the same.
+    """
+    joined = []
+    for factors in zip(*layers, strict=True):
+        shape = np.max([factor.shape for factor in factors], axis=0)
+        padded = [
+            np.pad(each, [(0, most - size) for most, size in zip(shape, each.shape, strict=True)]) for each in factors
+        ]
+        joined.append(np.stack(padded))
+    return joined
 
 
 def scaled(decomposition: Decomposition, factors: Sequence[Factor], scale: float) -> list[Factor]:

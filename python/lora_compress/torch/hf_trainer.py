@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_compress.errors import SelectionError
+from lora_compress.torch.adapter import Adapters
 from lora_compress.torch.checkpoints import base_names
 
 # What the Trainer looks at when it is made. It means PEFT's own layers, which a model is saved by: so only for then.
@@ -23,7 +25,15 @@ HAS_ADAPTERS = "_hf_peft_config_loaded"
 def quantised(model: nn.Module) -> Iterator[None]:
     """`with quantised(model): trainer = Trainer(model, …)`: the Trainer refuses quantised models without adapters, and
     knows PEFT's only.
+
+    Raises `SelectionError` for a model without factors to train, and for a quantisation that gradients do not pass.
     """
+    trained = (each for child in model.modules() if isinstance(child, Adapters) for each in child.parameters())
+    if not any(each.requires_grad for each in trained):
+        raise SelectionError("the model has no factors to train: `attach` first")
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_trainable:
+        raise SelectionError(f"{type(quantiser).__name__} does not support training")
     before = getattr(model, HAS_ADAPTERS, False)
     setattr(model, HAS_ADAPTERS, True)
     try:

@@ -245,10 +245,14 @@ def _prepare(
         for target in group
         for number, name in enumerate(target.matrices)
     ]
-    with plugins.blame(method.name, f"failed to start factors by `{start.name}`"):
+    known = plugins.load().initialisations
+    origin = known.origin(start.name) if start.name in known else start.name
+    with plugins.blame(origin, f"failed to start factors of `{method.name}` for `{group[0].tensor}`"):
         if not stack:
             return _Prepared(rank, own, start.factors_of(Group(method, matrices, rank, own, seed)), dtype)
         starts = [start.factors_of(Group(method, [matrix], rank, own, seed)) for matrix in matrices]
+        if len({(each.frozen, each.shifts) for each in starts}) > 1:
+            raise ValueError("what is frozen, and what the base loses, is the same for all experts of a stack")
     layer = stacked([each.layers[0] for each in starts])
     return _Prepared(rank, own, Start([layer], starts[0].frozen, starts[0].shifts), dtype)
 

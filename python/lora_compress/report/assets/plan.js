@@ -151,6 +151,8 @@ function command(plan, budget) {
   if (multiple > 1) words.push("--ranks-allowed", `${multiple}x`);
   if (cap !== null) words.push("--max-rank", String(cap));
   if (layout !== "peft") words.push("--layout", quoted(layout));
+  // A saved plan says the rest itself.
+  if (isOfGradients(plan)) return words;
   for (const [flag, key] of [["--include", "include"], ["--exclude", "exclude"], ["--embedding", "embeddings"]]) {
     // With `=`, a pattern that starts with a hyphen is not taken for an option.
     for (const pattern of options[key] ?? []) words.push(quoted(`${flag}=${pattern}`));
