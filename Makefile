@@ -135,7 +135,7 @@ $(TORCH_ENV)/bench-rank-ready: $(TORCH_ENV)/bench-ready
 .PHONY: bench bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training bench-gpu bench-loss bench-suggest
 bench: bench-kernels bench-matrices bench-commands bench-rank bench-decompositions bench-resize bench-merge bench-training  ## Measure everything against peers and limits
 bench-kernels: build $(TORCH_ENV)/bench-ready  ## Kernels against oneDNN
-	$(BENCH)/kernels.py --json $(BENCH_JSON)
+	$(BENCH)/kernel_rates.py --json $(BENCH_JSON)
 bench-matrices: build $(TORCH_ENV)/bench-ready  ## One matrix against PyTorch and scikit-learn
 	$(BENCH)/matrices.py --json $(BENCH_JSON)
 bench-commands: build $(TORCH_ENV)/bench-ready $(MERGEKIT)  ## Whole commands against mergekit, and growth with layers (15 GB of disk)

@@ -11,7 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
 use crate::header::TensorInfo;
-use crate::kernel::{Factors, STRIP};
+use crate::kernel::{Factors, Kernel, STRIP};
 use crate::matrix::Matrix;
 use crate::rounding::{self, Applied, Storing};
 use crate::terms::{Computed, LowRank, Source, Values};
@@ -140,7 +140,7 @@ impl Update {
             info,
             rows,
             cols,
-            factors: Factors::pack(&terms),
+            factors: Factors::pack(Kernel::current()?, &terms),
             dense,
             start,
             differences,

@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
+use super::Kernel;
 use super::vector::{Lanes, Portable};
 #[cfg(target_arch = "x86_64")]
-use super::{Kernel, x86};
+use super::x86;
 use crate::matrix::Matrix;
 
 /// Columns of a strip: a zmm register of f32, or two ymm. Tiles begin at a multiple of it.
@@ -17,6 +18,7 @@ pub(crate) const STRIP: usize = 16;
 /// Factors of a low-rank update, or of several that are summed, packed for its tiles.
 #[derive(Debug)]
 pub(crate) struct Factors {
+    kernel: Kernel,
     rank: usize,
     cols: usize,
     words: Words,
@@ -41,17 +43,20 @@ enum Words {
 
 impl Factors {
     /// Packs B `(rows, r)` and A `(r, cols)` of every term; all have as many rows, and columns, as each other.
-    pub(crate) fn pack(terms: &[(Matrix, Matrix)]) -> Self {
+    pub(crate) fn pack(kernel: Kernel, terms: &[(Matrix, Matrix)]) -> Self {
         let rank = terms.iter().map(|(_, a)| a.rows()).sum();
         let cols = terms.first().map_or(0, |(_, a)| a.cols());
         #[cfg(target_arch = "x86_64")]
-        if Kernel::Avx512Bf16.is_available() && terms.iter().all(|(b, a)| suits_pairs(b) && suits_pairs(a)) {
+        if kernel.rounds_operands()
+            && Kernel::Avx512Bf16.is_available()
+            && terms.iter().all(|(b, a)| suits_pairs(b) && suits_pairs(a))
+        {
             let pair = |[first, second]: [f32; 2]| first.to_bits() & 0xffff_0000 | second.to_bits() >> 16;
             let (left, right) = pack(terms, pair);
-            return Self { rank, cols, words: Words::Pairs { left, right } };
+            return Self { kernel, rank, cols, words: Words::Pairs { left, right } };
         }
         let (left, right) = pack(terms, |[value]: [f32; 1]| value);
-        Self { rank, cols, words: Words::F32 { left, right } }
+        Self { kernel: kernel.for_f32(), rank, cols, words: Words::F32 { left, right } }
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -66,7 +71,7 @@ impl Factors {
         }
         assert!(cols.end <= self.cols && cols.start.is_multiple_of(STRIP) && out.len() == rows.len() * cols.len());
         match &self.words {
-            Words::F32 { left, right } => in_f32(Tile::new(self.rank, left, right, rows, cols, out)),
+            Words::F32 { left, right } => in_f32(self.kernel, Tile::new(self.rank, left, right, rows, cols, out)),
             #[cfg(target_arch = "x86_64")]
             Words::Pairs { left, right } => {
                 in_pairs(Tile::new(self.rank.div_ceil(2), left, right, rows, cols, out));
@@ -216,8 +221,8 @@ unsafe fn sum<L: Lanes, const ROWS: usize, const VECTORS: usize>(
     }
 }
 
-/// By the widest registers that there are.
-fn in_f32(tile: Tile<'_, f32>) {
+/// By the registers of a kernel.
+fn in_f32(kernel: Kernel, tile: Tile<'_, f32>) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
@@ -232,14 +237,15 @@ fn in_f32(tile: Tile<'_, f32>) {
         }
         // SAFETY: a kernel is run only where it is available.
         unsafe {
-            if Kernel::Avx512.is_available() {
+            if kernel == Kernel::Avx512 && kernel.is_available() {
                 return avx512(tile);
             }
-            if Kernel::Avx2.is_available() {
+            if kernel == Kernel::Avx2 && kernel.is_available() {
                 return avx2(tile);
             }
         }
     }
+    let _ = kernel;
     // SAFETY: no particular instructions are needed.
     unsafe { multiply::<Portable, 2, 4>(tile) }
 }
@@ -297,12 +303,14 @@ mod tests {
     #[test]
     fn products_of_any_size_are_within_the_bound_of_their_sums() {
         let mut next = numbers(7);
-        for (rows, ranks, cols) in SIZES {
+        for ((rows, ranks, cols), kernel) in
+            SIZES.into_iter().flat_map(|size| Kernel::available().map(move |k| (size, k)))
+        {
             for rounded in [false, true] {
                 let mut next = || if rounded { bf16::from_f32(next()).to_f32() } else { next() };
                 let terms = ranks.map(|rank| (matrix(rows, rank, &mut next), matrix(rank, cols, &mut next)));
                 let mut out = vec![f32::NAN; rows * cols];
-                Factors::pack(&terms).multiply(0..rows, 0..cols, &mut out);
+                Factors::pack(kernel, &terms).multiply(0..rows, 0..cols, &mut out);
                 for (at, &found) in out.iter().enumerate() {
                     let (i, j) = (at / cols, at % cols);
                     let (mut exact, mut size) = (0.0, 0.0);
@@ -321,10 +329,10 @@ mod tests {
 
     #[test]
     fn tiles_are_parts_of_the_whole_to_the_bit() {
-        for rounded in [false, true] {
+        for (kernel, rounded) in Kernel::available().flat_map(|kernel| [(kernel, false), (kernel, true)]) {
             let mut next = numbers(11);
             let mut next = || if rounded { bf16::from_f32(next()).to_f32() } else { next() };
-            let factors = Factors::pack(&[(matrix(13, 9, &mut next), matrix(9, 100, &mut next))]);
+            let factors = Factors::pack(kernel, &[(matrix(13, 9, &mut next), matrix(9, 100, &mut next))]);
             let mut whole = vec![0f32; 1300];
             factors.multiply(0..13, 0..100, &mut whole);
             for (rows, cols) in [(0..13, 0..16), (4..5, 96..100), (2..13, 32..99), (6..6, 0..16), (1..9, 48..48)] {
@@ -348,13 +356,14 @@ mod tests {
             let mut value = || bf16::from_f32(next() * (next() * 60.0).exp2()).to_f32();
             let mut value = || Some(value()).filter(|value| value.abs() >= 2f32.powi(-55)).unwrap_or(-0.0);
             let mut terms = ranks.map(|rank| (matrix(rows, rank, &mut value), matrix(rank, cols, &mut value)));
-            let factors = Factors::pack(&terms);
+            let factors = Factors::pack(Kernel::Avx512Bf16, &terms);
             assert!(matches!(factors.words, Words::Pairs { .. }));
+            assert!(matches!(Factors::pack(Kernel::Avx512, &terms).words, Words::F32 { .. }));
             let (mut found, mut expected) = (vec![0f32; rows * cols], vec![0f32; rows * cols]);
             factors.multiply(0..rows, 0..cols, &mut found);
             let (left, right) = pack(&terms, |[value]: [f32; 1]| value);
             if factors.rank > 0 {
-                in_f32(Tile::new(factors.rank, &left, &right, 0..rows, 0..cols, &mut expected));
+                in_f32(Kernel::Avx512, Tile::new(factors.rank, &left, &right, 0..rows, 0..cols, &mut expected));
             }
             assert_eq!(bits(&found), bits(&expected));
             if ranks[1] * cols == 0 {
@@ -364,7 +373,7 @@ mod tests {
                 let last = ranks[1] * cols - 1;
                 let values = (0..=last).map(|at| if at == last { other } else { 0.5 }).collect();
                 terms[1].1 = Matrix::new(ranks[1], cols, values).unwrap();
-                assert!(matches!(Factors::pack(&terms).words, Words::F32 { .. }));
+                assert!(matches!(Factors::pack(Kernel::Avx512Bf16, &terms).words, Words::F32 { .. }));
             }
         }
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kernels: GFLOP/s of both products with Δ, beside what PyTorch (oneDNN) reaches on the same products one by one.
 
-python benchmarks/kernels.py [--json DIR]
+python benchmarks/kernel_rates.py [--json DIR]
 """
 
 from __future__ import annotations
