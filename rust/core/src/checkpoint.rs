@@ -325,7 +325,7 @@ impl Checkpoint {
         let mut bytes = vec![0u8; info.nbytes as usize];
         self.read_bytes(name, 0, &mut bytes)?;
         let mut values = vec![0f32; bytes.len() / (dtype.bits() / 8) as usize];
-        if crate::dtype::decode(dtype, &bytes, &mut values) { Ok(values) } else { Err(self.unsupported(name, dtype)) }
+        if crate::codec::decode(dtype, &bytes, &mut values) { Ok(values) } else { Err(self.unsupported(name, dtype)) }
     }
 
     /// The tensor's dtype, if this crate computes with it.

@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::{Dtype, Element, decode, with_element};
+use crate::codec::decode;
+use crate::dtype::{Dtype, Element, with_element};
 use crate::error::{Error, Result};
 use crate::kernel::{self, Packing, Sums};
 use crate::panels;

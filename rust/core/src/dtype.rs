@@ -7,8 +7,6 @@ use std::fmt;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel;
-
 /// Element type of a stored tensor, named as in the safetensors format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(non_camel_case_types, missing_docs)] // The names are the format's own.
@@ -227,45 +225,10 @@ macro_rules! with_element {
 }
 pub(crate) use with_element;
 
-/// Decodes stored elements to f32 (F64 is rounded); false for a dtype this crate does not compute with.
-#[must_use]
-pub fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
-    match dtype {
-        Dtype::BF16 => kernel::widen_bf16(bytes, out),
-        Dtype::F16 => kernel::widen_f16(bytes, out),
-        Dtype::F32 => out.iter_mut().zip(bytes.chunks_exact(4)).for_each(|(value, raw)| *value = F32::load(raw)),
-        Dtype::F64 => out.iter_mut().zip(bytes.chunks_exact(8)).for_each(|(value, raw)| *value = F64::load(raw) as f32),
-        _ => return false,
-    }
-    true
-}
-
-/// Encodes f32 values, each rounded once; `None` for a dtype this crate does not compute with.
-#[must_use]
-pub fn encode(dtype: Dtype, values: &[f32]) -> Option<Vec<u8>> {
-    with_element!(dtype, E => {
-        let mut bytes = vec![0u8; values.len() * E::BYTES];
-        for (&value, raw) in values.iter().zip(bytes.chunks_exact_mut(E::BYTES)) {
-            E::write(f64::from(value), raw);
-        }
-        bytes
-    })
-}
-
-/// Rounds each value to `dtype` and back to f32 in place; false for a dtype this crate does not compute with.
-#[must_use]
-pub fn round_to(dtype: Dtype, values: &mut [f32]) -> bool {
-    with_element!(dtype, E => values.iter_mut().for_each(|value| *value = E::round(*value))).is_some()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    const FLOATS: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64];
 
     #[test]
     fn names_round_trip() {
@@ -273,29 +236,5 @@ mod tests {
             assert_eq!(dtype.name().parse::<Dtype>().unwrap(), dtype);
         }
         assert!("BFLOAT16".parse::<Dtype>().is_err());
-    }
-
-    #[test]
-    fn integers_are_not_decoded() {
-        assert!(!decode(Dtype::I64, &[0; 8], &mut [0.0]));
-        assert!(encode(Dtype::U8, &[1.0]).is_none());
-    }
-
-    proptest! {
-        /// Rounding errs by at most half an ulp (u·|x| when normal), and a stored value survives a second trip.
-        #[test]
-        fn rounding_is_within_half_an_ulp(value in -6e4f32..6e4f32) {
-            for dtype in FLOATS {
-                let mut once = [value];
-                prop_assert!(round_to(dtype, &mut once));
-                let smallest_normal = if dtype == Dtype::F16 { 6.103_515_6e-5 } else { f32::MIN_POSITIVE };
-                let bound = dtype.unit_roundoff().unwrap() * f64::from(value.abs().max(smallest_normal));
-                prop_assert!((f64::from(once[0]) - f64::from(value)).abs() <= bound);
-                let bytes = encode(dtype, &once).unwrap();
-                let mut again = [0f32];
-                prop_assert!(decode(dtype, &bytes, &mut again));
-                prop_assert_eq!(again[0].to_bits(), once[0].to_bits());
-            }
-        }
     }
 }

@@ -29,6 +29,7 @@
 //! partial sums are added in order.
 
 mod checkpoint;
+mod codec;
 mod delta;
 mod difference;
 mod directory;
@@ -63,9 +64,10 @@ mod verify;
 mod write;
 
 pub use checkpoint::{Checkpoint, Shard};
+pub use codec::{decode, encode, round_to};
 pub use delta::{Delta, energies};
 pub use difference::check_finite;
-pub use dtype::{Dtype, decode, encode, round_to};
+pub use dtype::Dtype;
 pub use error::{Error, HeaderFault, IndexFault, Result, TorchFault};
 pub use fingerprint::fingerprint;
 pub use header::TensorInfo;

@@ -7,7 +7,8 @@
 
 use half::f16;
 
-use crate::dtype::{Dtype, decode};
+use crate::codec::decode;
+use crate::dtype::Dtype;
 
 /// How the scales of a tensor lie over its last two dimensions.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -168,7 +168,8 @@ pub(crate) fn apply(dtypes: (Dtype, Dtype), base: &[u8], delta: &[f32], out: &mu
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::dtype::{Element, decode, with_element};
+    use crate::codec::decode;
+    use crate::dtype::{Element, with_element};
     use crate::rounding::apply_elementwise;
 
     fn random(seed: u64) -> impl FnMut() -> u32 {
