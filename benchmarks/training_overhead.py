@@ -25,11 +25,11 @@ from lora_compress.torch.functional import adapted_linear
 from measure import report
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from training import LINEARS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RANK = 16
 WARM_UP = 3
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class HardCoded(nn.Linear):  # type: ignore[misc]

@@ -169,3 +169,8 @@ class Adapters(nn.ModuleDict):
     def running(self) -> list[Adapter]:
         """The adapters that act beside the weight."""
         return [each for name, each in self._modules.items() if each.enabled and name not in self.merged]
+
+
+def all_factors(module: nn.Module) -> list[nn.Parameter]:
+    """The factors of all adapters in a module."""
+    return [each for child in module.modules() if isinstance(child, Adapters) for each in child.parameters()]

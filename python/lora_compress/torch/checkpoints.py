@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from lora_compress.torch.adapter import Adapters
+from lora_compress.torch.adapter import all_factors
 
 
 def base_names(module: nn.Module) -> set[str]:
@@ -17,7 +17,7 @@ def base_names(module: nn.Module) -> set[str]:
 
     What remains is all that training changes (factors, whatever else was made trainable, buffers) and frozen factors.
     """
-    factors = {id(each) for child in module.modules() if isinstance(child, Adapters) for each in child.parameters()}
+    factors = {id(each) for each in all_factors(module)}
     names = {
         name
         for name, each in module.named_parameters(remove_duplicate=False)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_compress.errors import SelectionError
-from lora_compress.torch.adapter import Adapters
+from lora_compress.torch.adapter import all_factors
 from lora_compress.torch.checkpoints import base_names
 
 # What the Trainer looks at when it is made. It means PEFT's own layers, which a model is saved by: so only for then.
@@ -28,8 +28,7 @@ def quantised(model: nn.Module) -> Iterator[None]:
 
     Raises `SelectionError` for a model without factors to train, and for a quantisation that gradients do not pass.
     """
-    trained = (each for child in model.modules() if isinstance(child, Adapters) for each in child.parameters())
-    if not any(each.requires_grad for each in trained):
+    if not any(each.requires_grad for each in all_factors(model)):
         raise SelectionError("the model has no factors to train: `attach` first")
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.is_trainable:

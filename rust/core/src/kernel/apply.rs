@@ -75,7 +75,8 @@ fn sum_to_odd(x: f32, y: f32) -> f32 {
 
 /// Sixteen elements: W in the type `W`, W' in the type `T`.
 #[inline(always)]
-fn apply_lanes<W: Code, T: Code>(base: &[u8], step: &[f32; LANES], out: &mut [u8], same: bool, tally: &mut Tally) {
+fn apply_lanes<W: Code, T: Code>(base: &[u8], step: &[f32; LANES], out: &mut [u8], tally: &mut Tally) {
+    let same = W::DTYPE == T::DTYPE;
     for (i, &step) in step.iter().enumerate() {
         let code = W::load(base, i);
         let value = W::widen(code);
@@ -97,7 +98,7 @@ fn apply_lanes<W: Code, T: Code>(base: &[u8], step: &[f32; LANES], out: &mut [u8
 
 /// The loop of [`apply`] for two types.
 #[inline(always)]
-fn apply_all<W: Code, T: Code>(base: &[u8], delta: &[f32], out: &mut [u8], same: bool) -> Applied {
+fn apply_all<W: Code, T: Code>(base: &[u8], delta: &[f32], out: &mut [u8]) -> Applied {
     let mut total = Applied::default();
     let pieces = base.chunks(W::BYTES * SHORT).zip(delta.chunks(SHORT)).zip(out.chunks_mut(T::BYTES * SHORT));
     for ((base, delta), out) in pieces {
@@ -107,14 +108,14 @@ fn apply_all<W: Code, T: Code>(base: &[u8], delta: &[f32], out: &mut [u8], same:
         let mut base = base.chunks_exact(W::BYTES * LANES);
         let mut out = out.chunks_exact_mut(T::BYTES * LANES);
         for ((base, delta), out) in base.by_ref().zip(delta).zip(out.by_ref()) {
-            apply_lanes::<W, T>(base, delta, out, same, &mut tally);
+            apply_lanes::<W, T>(base, delta, out, &mut tally);
         }
         if !delta_rest.is_empty() {
             let (mut raw, mut step, mut rounded) = ([0u8; 4 * LANES], [0f32; LANES], [0u8; 4 * LANES]);
             let rest = out.into_remainder();
             raw[..base.remainder().len()].copy_from_slice(base.remainder());
             step[..delta_rest.len()].copy_from_slice(delta_rest);
-            apply_lanes::<W, T>(&raw, &step, &mut rounded, same, &mut tally);
+            apply_lanes::<W, T>(&raw, &step, &mut rounded, &mut tally);
             let len = rest.len();
             rest.copy_from_slice(&rounded[..len]);
         }
@@ -124,44 +125,35 @@ fn apply_all<W: Code, T: Code>(base: &[u8], delta: &[f32], out: &mut [u8], same:
 }
 
 macro_rules! applies {
-    ($($name:ident: $w:ty, $t:ty, $same:literal;)*) => {
+    ($($name:ident: $w:ty, $t:ty;)*) => {
         $(dispatched! {
             fn $name(base: &[u8], delta: &[f32], out: &mut [u8]) -> Applied {
-                apply_all::<$w, $t>(base, delta, out, $same)
+                apply_all::<$w, $t>(base, delta, out)
             }
         })*
+
+        /// W + D, elements of W in the first dtype, rounded once to the second: to nearest, ties to even. Where D is 0 and the
+        /// dtypes are one, the stored bits are kept. `None` for other dtypes than BF16, F16 and F32.
+        pub(crate) fn apply(dtypes: (Dtype, Dtype), base: &[u8], delta: &[f32], out: &mut [u8]) -> Option<Applied> {
+            let run = match dtypes {
+                $((<$w>::DTYPE, <$t>::DTYPE) => $name,)*
+                _ => return None,
+            };
+            Some(run(base, delta, out))
+        }
     };
 }
 
 applies! {
-    bf16_to_bf16: Bf16, Bf16, true;
-    bf16_to_f16: Bf16, F16, false;
-    bf16_to_f32: Bf16, F32, false;
-    f16_to_bf16: F16, Bf16, false;
-    f16_to_f16: F16, F16, true;
-    f16_to_f32: F16, F32, false;
-    f32_to_bf16: F32, Bf16, false;
-    f32_to_f16: F32, F16, false;
-    f32_to_f32: F32, F32, true;
-}
-
-/// W + D, elements of W in the first dtype, rounded once to the second: to nearest, ties to even. Where D is 0 and the dtypes are one,
-/// the stored bits are kept. `None` for other dtypes than BF16, F16 and F32.
-pub(crate) fn apply(dtypes: (Dtype, Dtype), base: &[u8], delta: &[f32], out: &mut [u8]) -> Option<Applied> {
-    use Dtype::{BF16, F16, F32};
-    let run = match dtypes {
-        (BF16, BF16) => bf16_to_bf16,
-        (BF16, F16) => bf16_to_f16,
-        (BF16, F32) => bf16_to_f32,
-        (F16, BF16) => f16_to_bf16,
-        (F16, F16) => f16_to_f16,
-        (F16, F32) => f16_to_f32,
-        (F32, BF16) => f32_to_bf16,
-        (F32, F16) => f32_to_f16,
-        (F32, F32) => f32_to_f32,
-        _ => return None,
-    };
-    Some(run(base, delta, out))
+    bf16_to_bf16: Bf16, Bf16;
+    bf16_to_f16: Bf16, F16;
+    bf16_to_f32: Bf16, F32;
+    f16_to_bf16: F16, Bf16;
+    f16_to_f16: F16, F16;
+    f16_to_f32: F16, F32;
+    f32_to_bf16: F32, Bf16;
+    f32_to_f16: F32, F16;
+    f32_to_f32: F32, F32;
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! The three float types of checkpoints as f32 and back, without branches: loops over them become vectors.
 
-use crate::dtype::{Bf16, F16, F32};
+use crate::dtype::{Bf16, Dtype, F16, F32};
 
 /// One float type: how its code becomes an f32, exactly, and an f32 a code, to nearest, ties to even.
 pub(super) trait Code {
+    const DTYPE: Dtype;
     /// Bytes of a code.
     const BYTES: usize;
     /// Bits of the exponent, where they are in a code: all are set in what is not finite.
@@ -31,6 +32,7 @@ pub(super) trait Code {
 }
 
 impl Code for F32 {
+    const DTYPE: Dtype = Dtype::F32;
     const BYTES: usize = 4;
     const EXPONENT: u32 = 0x7f80_0000;
 
@@ -46,6 +48,7 @@ impl Code for F32 {
 }
 
 impl Code for Bf16 {
+    const DTYPE: Dtype = Dtype::BF16;
     const BYTES: usize = 2;
     const EXPONENT: u32 = 0x7f80;
 
@@ -64,6 +67,7 @@ impl Code for Bf16 {
 }
 
 impl Code for F16 {
+    const DTYPE: Dtype = Dtype::F16;
     const BYTES: usize = 2;
     const EXPONENT: u32 = 0x7c00;
 
